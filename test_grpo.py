@@ -635,7 +635,7 @@ def test_training_on_the_answers(objective, bound):
     (lambda: gs.compute_kl_penalty(torch.ones(2, 3, 4), torch.ones(2, 3)), "ref_log_probs"),
     (lambda: gs.compute_gae(torch.ones(2, 3, 4), torch.ones(2, 3)), "token_rewards and values"),
     (lambda: gs.compute_reward(PROMPTS, torch.ones(2, 4, 3).long(), gs.sort_distance_reward), "same batch"),
-    (lambda: gs.sort_distance_reward(PROMPTS, torch.ones(3, 4, 1).long()), "pos, not"),
+    (lambda: gs.sort_distance_reward(PROMPTS, torch.ones(3, 4, 1).long()), "same batch and pos, not"),
     (lambda: gs.compute_log_probs(PROMPTS, torch.ones(3, 4, 2).long(), make_model()), "responses must be"),
     (lambda: make_model()(torch.ones(3, 2).long()), "prompt_length"),
 ])  # fmt: skip
@@ -821,6 +821,12 @@ def test_the_copied_file_knows_what_it_needs():
     required = (HERE / "requirements.txt").read_text().split("\n")
     assert set(inline) <= {line.split("#")[0].strip() for line in required}
     assert 'requires-python = ">=3.10"' in block
+
+
+def test_the_readmes_example_of_a_reward_of_ones_own_works(capsys):
+    example = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    exec(example, {})
+    assert capsys.readouterr().out.strip() == "3.0" and "# 3.0;" in example
 
 
 def test_the_numbered_lines_are_listed_in_the_readme():
