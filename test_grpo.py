@@ -585,6 +585,23 @@ def test_a_training_step_is_each_runs_own_gradient(monkeypatch):
             assert p.grad.abs().max() > 1e-5
 
 
+def test_annealing_takes_the_learning_rate_down_to_zero(monkeypatch):
+    rates = []
+
+    class Spy(torch.optim.SGD):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            super().step()
+
+    monkeypatch.setattr(gs.torch.optim, "Adam", lambda p, lr, fused: Spy(p, lr))
+    settings = dict(num_epochs=4, num_steps_per_epoch=1, learning_rate=0.4)
+    gs.run_policy_gradient(**gs.RECIPE | settings, anneal=True)
+    assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    rates.clear()
+    gs.run_policy_gradient(**gs.RECIPE | settings)
+    assert rates == [0.4] * 4
+
+
 def test_the_entropy_bonus_keeps_the_policy_open():
     settings = gs.RECIPE | dict(num_epochs=30, num_runs=4)
     plain, bonus = (gs.run_policy_gradient(**settings, entropy_bonus=c) for c in (0.0, 1.0))
