@@ -1285,13 +1285,14 @@ FINDINGS = (
 
 
 def mean_and_interval(values):
-    """Mean of independent runs and the half-width of its 95 % confidence interval (Student's t).
+    """Mean of independent runs and the half-width of its 95 % confidence interval (Student's t), 0
+    for a single run.
 
     The quantile is the expansion of Abramowitz and Stegun 26.7.5, right to 0.001 from 8 runs up.
     """
     n, mean = len(values), math.fsum(values) / len(values)
     if n < 2:
-        return mean, math.nan
+        return mean, 0.0
     z, v = 1.959964, n - 1
     t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
     t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
@@ -1307,7 +1308,7 @@ def format_cell(row, metric, factor=1, digits=0):
         return f"{sum(values):.0f} of {len(values)}"
     mean, half = mean_and_interval(values)
     text = f"{round(factor * mean, digits) + 0.0:,.{digits}f}"  # + 0.0 makes −0 a 0
-    return text if math.isnan(half) else f"{text} ± {factor * half:.{digits}f}"
+    return text if len(values) < 2 else f"{text} ± {factor * half:.{digits}f}"
 
 
 def format_tables(rows):
@@ -1517,7 +1518,9 @@ def run_study(out, num_runs, seed, full=False, quick=False, plots=True):
     for title, table in format_tables(mine).items():
         print(f"{title}\n\n{table}\n")
     print("What the study found\n\n" + "".join(f"- {line}\n" for line in findings(mine)))
-    text = "# Results of grpo_sort.py\n\n" + "".join(f"- {line}\n" for line in findings(rows))
+    text = "# Results of grpo_sort.py\n\nMeans ± 95 % intervals over independent runs; every run's "
+    text += "numbers, settings and versions are in results.json.\n\n"
+    text += "".join(f"- {line}\n" for line in findings(rows))
     text += "".join(f"\n## {title}\n\n{table}\n" for title, table in format_tables(rows).items())
     (out / "tables.md").write_text(text, encoding="utf-8")
     if plots:
