@@ -42,8 +42,11 @@ import platform
 import re
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # not needed here
 
 import torch
 import torch.nn as nn
