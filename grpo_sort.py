@@ -400,7 +400,8 @@ def compute_loss(log_probs, deltas, mode, old_log_probs=None, epsilon=0.2, epsil
     if old_log_probs is None:
         raise ValueError(f"mode {mode} needs old_log_probs, those of the policy that sampled")
     if old_log_probs.shape != log_probs.shape:
-        raise ValueError(f"old_log_probs must be as log_probs, not {list(old_log_probs.shape)}")
+        shapes = [list(old_log_probs.shape), list(log_probs.shape)]
+        raise ValueError(f"old_log_probs must have the shape of log_probs, not {shapes}")
 
     # (!2) π_old is a constant. With a gradient through both, that of ρ at π = π_old would be zero.
     log_ratio = log_probs - old_log_probs.detach()  # [batch trial pos]
@@ -468,8 +469,8 @@ with δ > 0 it is not raised any further, with δ < 0 it is still pushed back do
 # their gradients that count, and with the samples held fixed these are something else. For samples
 # of π itself (in training the first inner step; no ratio corrects the later ones) and independent
 # positions, as here: k1's is zero on average, k2's is that of KL(π ‖ π_ref), k3's that of the other
-# direction, KL(π_ref ‖ π); section 11 measures it. In an autoregressive
-# model the sum over tokens misses what a token does to later ones (arXiv 2506.09477).
+# direction, KL(π_ref ‖ π); section 11 measures it. In an autoregressive model the sum over tokens
+# misses what a token does to later ones (arXiv 2506.09477).
 #
 # π_ref is not π_old: the clip holds on to the latter, the penalty to the former.
 
