@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Tests of grpo_sort.py. Run with `python -m pytest test_grpo.py`.
+"""Tests of grpo_sort.py and grpo_gsm8k.py. Run with `python -m pytest test_grpo.py`.
 
 Each test says which mistake it guards against. What is expected is worked out by hand, by plain
 Python loops, by enumeration of all responses or by finite differences, not by the code under test.
 Tests named test_erratum_N prove row N of the errata table in README.md.
 """
 
+import argparse
 import ast
 import itertools
 import json
@@ -13,14 +14,21 @@ import math
 import os
 import random
 import re
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
+from fractions import Fraction
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 import pytest
 import torch
 
+import grpo_gsm8k as gsm
 import grpo_sort as gs
 
 HERE = Path(__file__).resolve().parent
@@ -886,3 +894,1234 @@ def test_the_numbers_in_the_readme_are_those_of_the_results():
         assert number in tables, f"README.md says {number}, results/ does not"
     for image in re.findall(r"!\[.*?\]\((results/\S+?)\)", README):
         assert (HERE / image).exists()
+
+
+# ==================================================================================================
+# grpo_gsm8k.py
+
+GSM8K = os.environ.get("GSM8K")  # a folder with the real train.jsonl and test.jsonl
+needs_gsm8k = pytest.mark.skipif(not GSM8K, reason="set GSM8K to a folder with the real data")
+GSM_SOURCE = (HERE / "grpo_gsm8k.py").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def problems():
+    return gsm.make_problems(seed=0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(problems):
+    return gsm.make_tokenizer(problems[0][:500])
+
+
+def make_policy(vocab_size=450, seed=0, layers=2, scale=1.0, **config):
+    """A tiny random Qwen2; scale sharpens its distribution. (With tied embeddings a random model
+    would only repeat its last token, and prove little.)"""
+    torch.manual_seed(seed)
+    options = dict(
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+        max_position_embeddings=256, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )
+    policy = gsm.Qwen2ForCausalLM(gsm.Qwen2Config(**options | config))
+    with torch.no_grad():
+        policy.get_output_embeddings().weight *= scale
+    return policy
+
+
+@pytest.fixture(scope="session")
+def policy_folder(tmp_path_factory, problems, tokenizer):
+    """A folder like a downloaded checkpoint, its training and its held-out file."""
+    folder = tmp_path_factory.mktemp("start")
+    for name, rows in zip(("train", "test"), problems):
+        text = "".join(json.dumps(row) + "\n" for row in rows[:60])
+        (folder / f"{name}.jsonl").write_text(text)
+    ends = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    make_policy(len(tokenizer), scale=4.0, **ends).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+class Words:
+    """A tokenizer of single characters: enough of one for the sampling tests."""
+
+    pad_token_id, eos_token_id = 0, 1
+
+    def __call__(self, texts, padding_side="left", **options):
+        width = max(map(len, texts))
+        ids = [[0] * (width - len(t)) + [2 + ord(c) % 8 for c in t] for t in texts]
+        mask = [[0] * (width - len(t)) + [1] * len(t) for t in texts]
+        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Data
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "no rows"),
+    ("\n\n", "no rows"),
+    ('{"question": "q", "answer": "a\\n#### 1"}\n{"question": ', ":2: not JSON"),
+    ("[1]\n", ":1: a row must be"),
+    ('{"answer": "#### 1"}', ":1: no question"),
+    ('{"question": "  ", "answer": "#### 1"}', ":1: no question"),
+    ('{"question": "q", "answer": "18"}', ":1: 'answer' must end"),
+    ('{"question": "q", "answer": "#### "}', ":1: 'answer' must end"),
+    ('{"question": "q", "answer": "#### many"}', ":1: 'many' after '####' is not one number"),
+    ('{"question": "\\ud800", "answer": "#### 1"}', ":1: the question holds half a surrogate"),
+    ("[" * 100_000, ":1: not JSON"),
+])
+def test_bad_data_is_refused_with_file_and_line(tmp_path, text, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        gsm.load_rows(path)
+    assert str(error.value).startswith(str(path)) and message in str(error.value)
+
+
+def test_files_that_are_missing_or_not_utf8_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="No such file"):
+        gsm.load_rows(tmp_path / "nothing.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes('{"question": "é"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.jsonl:1: not JSON in UTF-8"):
+        gsm.load_rows(tmp_path / "latin.jsonl")
+
+
+def test_rows_keep_question_and_final_number(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('\ufeff{"question": "How many?", "answer": "2*3=6\\n#### 1,080"}\n\n')
+    assert gsm.load_rows(path) == [{"question": "How many?", "answer": "1,080"}]
+
+
+def test_the_prompt_is_the_tokenizers_own_template(tokenizer):
+    prompt = gsm.build_prompt("How many?", tokenizer)
+    assert prompt == (
+        f"<|im_start|>system\n{gsm.SYSTEM_PROMPT}<|im_end|>\n"
+        "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    for tag in ("<reasoning>", "</reasoning>", "<answer>", "</answer>"):
+        assert tag in gsm.SYSTEM_PROMPT
+    assert gsm.extract_answer_from_model_output(gsm.SYSTEM_PROMPT) is None  # no credit for echoing
+    bare = gsm.Qwen2Tokenizer()
+    with pytest.raises(ValueError, match="chat template"):
+        gsm.build_prompt("How many?", bare)
+
+
+@needs_gsm8k
+def test_every_row_of_gsm8k_loads_and_every_gold_answer_is_a_number():
+    sizes = [len(gsm.load_rows(f"{GSM8K}/{split}.jsonl")) for split in ("train", "test")]
+    assert sizes == [7473, 1319]  # load_rows refuses answers that parse_number cannot read
+
+
+# --------------------------------------------------------------------------------------------------
+# Outcome rewards
+
+
+@pytest.mark.parametrize("text, number", [
+    ("5", 5), ("-5", -5), ("−5", -5), ("+5", 5), ("$5", 5), ("-$5", -5), ("$-5", -5), ("£1,080.10", "10801/10"),
+    ("€3", 3), ("50%", 50), ("5\\%", 5), ("1,000", 1000), ("1,234,567.5", "2469135/2"), ("1{,}000", 1000),
+    (".5", "1/2"), ("0.50", "1/2"), ("5.", 5), ("18,", 18), ("...5", 5), ("007", 7), ("-0", 0),
+    ("42 apples", 42), ("The answer is 18.", 18), ("$ 18 a day", 18), ("25 cm²", 25), ("$8/hour", 8),
+    ("\\boxed{42}", 42), ("\\frac{1}{2}", "1/2"), ("-\\frac{1}{2}", "-1/2"), ("\\dfrac{6}{4}", "3/2"),
+    ("1/2", "1/2"), ("3 / 4 cup", "3/4"), ("**72**", 72), ("x = -7", -7), ("\\$5", 5),
+    # none, several, or nothing sure
+    ("", None), ("none", None), ("5-3", None), ("10-20", None), ("1 1/2", None), ("2\\frac{1}{2}", None),
+    ("1,00", None), ("1,0000", None), (",5,", 5), ("1.2.3", None), ("1e5", None), ("10^5", None), ("5:30", None),
+    ("1/0", None), ("1/2/3", None), ("5 6", None), ("٣", None), ("٣5", None), ("2½", None), ("9" * 41, None),
+    ("\ud800", None), ("5 and five", 5),
+])
+def test_parse_number(text, number):
+    assert gsm.parse_number(text) == (None if number is None else Fraction(number))
+
+
+def test_parse_number_reads_back_what_was_written():
+    draw = random.Random(0)
+    for _ in range(2000):
+        value = Fraction(draw.randrange(-10**9, 10**9), draw.choice([1, 1, 10, 100]))
+        text = f"{abs(float(value)):,.2f}" if draw.random() < 0.5 else f"{abs(float(value)):.2f}"
+        sign = "-" if value < 0 else ""
+        written = draw.choice([f"{sign}{text}", f"{sign}${text}", f"about {sign}{text} dollars.", f"{sign}{text}%"])
+        assert gsm.parse_number(written) == value, written
+
+
+@pytest.mark.parametrize("hostile", [
+    "9" * 1_000_000, "1," * 500_000, "1=" * 500_000, "(" * 500_000 + "=1", "\\frac{" * 200_000,
+    "<answer>" * 200_000, "<reasoning>" * 100_000, "<<" * 300_000, "1=1\n" * 50_000, "." * 500_000 + "1",
+    "1+1=2 " * 100_000, "-" * 500_000 + "5", "\ud800" * 1000, "9" * 40 + "*9" * 900 + "=1", "1/" * 300_000,
+    "٣" * 500_000, "$" * 500_000, " " * 500_000 + "1", "- " * 300_000 + "=", "\\" * 500_000, "x" * 500_000,
+], ids=lambda text: text[:8].encode("unicode_escape").decode())
+def test_hostile_text_is_graded_in_linear_time(hostile):
+    """Every grader must survive what a model may write; 0.5 MB within seconds, and never raise."""
+    started = time.perf_counter()
+    answer = f"<answer>{hostile}</answer>"
+    gsm.parse_number(hostile)
+    gsm.last_number(hostile)
+    assert gsm.correctness_reward([hostile, answer], ["7", "7"]) == [0.0, 0.0]
+    assert gsm.format_reward([hostile])[0] <= 0.8
+    steps = gsm.step_rewards(hostile, "7")
+    assert steps[-1] == (len(hostile), 0.0)
+    gsm.step_rewards(f"<reasoning>\n{hostile}\n</reasoning>{answer}", "7")
+    assert time.perf_counter() - started < 10
+
+
+def test_the_answer_is_what_stands_in_the_last_closed_tag():
+    extract = gsm.extract_answer_from_model_output
+    assert extract("<answer>\n 5 \n</answer>") == "5"
+    assert extract("<answer>4</answer> no, <answer>5</answer> done") == "5"
+    for text in ("5", "<answer>5", "<answer></answer>", "<answer>...</answer>", "</answer>5<answer>",
+                 "<answer>4</answer><answer>5", ""):
+        assert extract(text) is None
+    assert gsm.extract_answer_from_dataset("so 2*3=6\n#### 6 ") == "6"
+    assert gsm.extract_answer_from_dataset("6") is None and gsm.extract_answer_from_dataset("####") is None
+
+
+def test_correctness_and_format_rewards():
+    answers = ["1,080"] * 6
+    texts = [f"<answer>{x}</answer>" for x in ("1,080", "1080", "$1080.00", "1081", "1,080 or 1,081")] + ["1,080"]
+    assert gsm.correctness_reward(texts, answers) == [2.0, 1.5, 1.5, 0.0, 0.0, 0.0]
+    full = "<reasoning>\n</reasoning>\n<answer>\n1,080\n</answer>"
+    texts = ["", "<answer>", "<answer></answer>", full, full + full]
+    assert gsm.format_reward(texts) == pytest.approx([0, 0.2, 0.4, 0.8, 0.8])
+    assert gsm.combined_reward([full, "1,080"], ["1,080"] * 2) == pytest.approx([2.8, 0.0])
+
+
+def test_erratum_8_a_reader_without_commas_cannot_read_gold_answers():
+    """The tutorial's pattern for a number finds two in '1,080', and so none."""
+    assert re.findall(r"-?\d*\.?\d+", "1,080") == ["1", "080"]
+    assert gsm.parse_number("1,080") == 1080
+
+
+@needs_gsm8k
+def test_erratum_8_93_gold_answers_have_a_comma():
+    rows = [row for split in ("train", "test") for row in gsm.load_rows(f"{GSM8K}/{split}.jsonl")]
+    assert len(rows) == 8792 and sum("," in row["answer"] for row in rows) == 93
+
+
+# --------------------------------------------------------------------------------------------------
+# Step rewards
+
+
+@pytest.mark.parametrize("line, verdicts", [
+    ("Natalia sold 48/2 = 24 clips in May.", [True]),
+    ("48/2 = <<48/2=25>>24", [True]),  # the text; the annotation is judged by step_rewards
+    ("2*3 = 6 = 7", [True, False]), ("7 - 3 = 4 - 0 = 4 eggs", [True, True]), ("2*3 = 6 = 6", [True, True]),
+    ("100/3 = 33.3", [True]), ("100/3 = 33.33", [True]), ("100/3 = 33.4", [False]), ("100/3 = 33", [True]),
+    ("33.3 = 100/3", [True]), ("0.1 + 0.2 = 0.3", [True]), ("1,000*2 = 2,000", [True]), ("12*3 = 35", [False]),
+    ("5 x 4 = $20", [True]), ("5x4=21", [False]), ("5 × 4 = 20", [True]), ("9 ÷ 3 = 3", [True]), ("9 − 3 = 6", [True]),
+    ("\\( 48 \\div 2 = 24 \\)", [True]), ("\\frac{48}{2} = 24", [True]), ("\\[ 3 \\times 4 = 13 \\]", [False]),
+    ("20% * 50 = 10", [True]), ("5/20*100 = 25%", [True]), ("100% - 20% = 80%", [True]), ("20% * 50 = 11", [False]),
+    ("(2+3)*4 = 20", [True]), ("2+3*4 = 14", [True]), ("10-4-3 = 3", [True]), ("24/4/2 = 3", [True]),
+    ("-5+3 = -2", [True]), ("5 - -3 = 8", [True]), ("-(2+3)*2 = -10", [True]), ("- 5 + 3 = 8", [True]),
+    ("**2*3 = 6**", [True]), ("1. 5 + 3 = 8", [True]), ("So: 5 + 3 = 8, and 2 + 2 = 5.", [True, False]),
+    ("$40 + $2.50 = $42.50", [True]), ("5+3 = 8/hour", [True]), ("3 + 4 ≈ 7", [True]),
+    # not checkable, whatever the numbers say
+    ("24 cups * 1/12 = 2", []), ("6 meters * 2 walls = 13", []), ("$1 = 100 cents", []), ("x = 5 + 3", []),
+    ("x = 12", []), ("2x = 10", []), ("15% of $80 = (15/100)*$80", []), ("2**3 = 8", []), ("2^3 = 9", []),
+    ("= 5", []), ("5 + 3 =", []), ("5 + 3 == 9", []), ("3 + 4 >= 8", []), ("1/0 = 5", []), ("(2+3 = 5", []),
+    ("() = 5 + 1", []), ("5 5 + 3 = 8", []), ("1,00 + 3 = 103", []), ("1.2.3 + 1 = 5", []), ("Week 2 = 35 + 35", []),
+    ("2(3+4) = 15", []), ("no equation", []), ("", []),
+])
+def test_equations_are_judged_only_where_they_are_certain(line, verdicts):
+    assert gsm.check_equations(gsm.ANNOTATION.sub("", line)) == verdicts
+
+
+def test_arithmetic_is_that_of_python_on_random_expressions():
+    draw = random.Random(0)
+    for _ in range(2000):
+        size = draw.randrange(1, 7)
+        text = f"{draw.randrange(20)}"
+        for _ in range(size):
+            text = draw.choice([f"({text})", text, f"-({text})", f"{draw.randrange(20)} - ({text})"])
+            text += f" {draw.choice('+-*/')} {draw.choice(['', '-'])}{draw.randrange(1, 20)}"
+        exact = eval(re.sub(r"(\d+)", r"Fraction(\1)", text))
+        assert gsm.evaluate_arithmetic(gsm.tokenize_arithmetic(text)) == exact, text
+
+
+def test_steps_are_lines_of_the_reasoning_and_the_answer():
+    text = "<reasoning>\nI think.\n2*3 = 6\nThen 6+1 = 8, 1+1 = 2.\n<<6+1=7>>7\n</reasoning>\n1+1 = 3\n<answer>7</answer> bye"
+    steps = gsm.step_rewards(text, "7")
+    assert [reward for _, reward in steps] == [1.0, 0.0, 1.0, 1.0]
+    ends = [text[:end].split("\n")[-1] for end, _ in steps]
+    assert ends == ["2*3 = 6", "Then 6+1 = 8, 1+1 = 2.", "<<6+1=7>>7", "<answer>7</answer> bye"]
+    # without tags the text before the answer counts; the answer is worth 0, 0.75 or 1
+    assert gsm.step_rewards("2*3 = 6", "6") == [(7, 1.0), (7, 0.0)]
+    assert gsm.step_rewards("<answer>1080</answer>", "1,080") == [(21, 0.75)]
+    assert gsm.step_rewards("", "7") == [(0, 0.0)]
+    assert gsm.step_rewards("<<5=5>> 2 * 2 = <<2*2=5>>4", "5")[0] == (26, 0.0)
+
+
+@needs_gsm8k
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_step_checker_on_the_reasoning_of_gsm8k(split):
+    """Judged: at least 75 % of the annotated lines; misjudged: at most 0.5 % of those; caught: at
+    least 97 % of planted mistakes; every annotation of the training set holds."""
+    lines = judged = misjudged = planted = caught = 0
+    draw = random.Random(0)
+    for row in Path(GSM8K, f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
+        for line in json.loads(row)["answer"].partition("\n####")[0].split("\n"):
+            for annotation in gsm.ANNOTATION.findall(line):
+                assert gsm.check_equations(annotation, annotation=True) == [True] * annotation.count("=")
+            if "<<" not in line:
+                continue
+            plain = gsm.ANNOTATION.sub("", line)
+            lines += 1
+            steps = gsm.step_rewards(plain, "0")
+            judged, misjudged = judged + (len(steps) > 1), misjudged + (steps[0][1] == 0 and len(steps) > 1)
+            results = list(re.finditer(r"=\s*\$?\s*([0-9][0-9,]*(?:\.[0-9]+)?)(?![0-9])", plain))
+            if len(steps) > 1 and steps[0][1] == 1 and results:
+                match = results[-1]
+                wrong = Fraction(match.group(1).replace(",", "")) + draw.choice([1, -1, 2, 10])
+                digits = len(match.group(1).partition(".")[2])
+                spoiled = plain[: match.start(1)] + f"{float(wrong):.{digits}f}" + plain[match.end(1) :]
+                planted, caught = planted + 1, caught + (gsm.step_rewards(spoiled, "0")[0][1] == 0)
+    print(f"{split}: {lines} lines, judged {judged / lines:.4f}, misjudged {misjudged / judged:.5f}, "
+          f"caught {caught / planted:.4f} of {planted}")
+    assert judged / lines >= 0.75 and misjudged / judged <= 0.005 and caught / planted >= 0.97
+
+
+def test_step_ends_fall_on_the_right_tokens(tokenizer):
+    """Every end is compared with a plain search; the tokens are random, not what an encoder would
+    make of the text, and some characters take several tokens."""
+    draw = random.Random(0)
+    pieces = ["2", "*", " ", "3", "=", "6", "\n", "é", "🙂", "x", "<answer>", "</answer>", "<|im_end|>"]
+    pieces = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in pieces]
+    assert max(map(len, pieces)) == 4  # the smiling face is four tokens
+    for _ in range(200):
+        ids = [token for piece in draw.choices(pieces, k=draw.randrange(1, 40)) for token in piece]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        ends = sorted({i + 1 for i, c in enumerate(text) if c == "\n"})
+        steps = [(end, 1.0) for end in ends] + [(len(text), 0.5)]
+        found = gsm.locate_steps(steps, ids, tokenizer)
+        for (end, _), (index, _) in zip(steps[:-1], found):
+            prefixes = [tokenizer.decode(ids[: i + 1], skip_special_tokens=True) for i in range(len(ids))]
+            assert index == next(i for i, prefix in enumerate(prefixes) if prefix[:end] == text[:end])
+        assert found[-1] == (len(ids) - 1, 0.5)  # the last step takes the end token with it
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def test_the_mask_ends_with_the_first_of_several_end_tokens():
+    ids = torch.tensor([[5, 6, 1, 1], [5, 3, 1, 7], [5, 6, 7, 8], [1, 5, 5, 5]])
+    assert gsm.create_completion_mask(ids, [1, 3]).tolist() == [
+        [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0],
+    ]
+    # pad token and end token are often the same: the end must stay inside
+    assert gsm.create_completion_mask(torch.tensor([[4, 0, 0, 0]]), [0]).tolist() == [[1, 1, 0, 0]]
+
+
+def hostile(policy):
+    config = policy.generation_config
+    config.do_sample, config.top_k, config.top_p = True, 2, 0.5
+    config.repetition_penalty, config.temperature, config.eos_token_id = 1.5, 0.3, [1, 2]
+    return policy
+
+
+def test_samples_come_from_the_distribution_that_is_scored():
+    """Under a generation_config that would cut the distribution to two tokens. χ² of 20,000 samples
+    of two tokens against softmax(logits / T); 99.99 % of honest samplers stay below the bound."""
+    policy, G, temperature = hostile(make_policy(10, scale=2.0)), 20_000, 0.7
+    ids, mask, completions, completion_mask = gsm.generate_completions(
+        policy, Words(), ["abc"], G, 2, temperature, generator=torch.Generator().manual_seed(0)
+    )
+    first = (policy(ids[:1]).logits[0, -1] / temperature).softmax(-1).double()
+    expected = torch.zeros(10, 11, dtype=torch.double)  # [first second], 10 = ended
+    for token in range(10):
+        if token in (1, 2):
+            expected[token, 10] = first[token]
+            continue
+        sequence = torch.cat([ids[:1], torch.tensor([[token]])], dim=1)
+        expected[token, :10] = first[token] * (policy(sequence).logits[0, -1] / temperature).softmax(-1)
+    second = torch.where(completion_mask[:, 1] == 1, completions[:, 1], 10)
+    counts = torch.zeros(10, 11, dtype=torch.double).index_put_(
+        (completions[:, 0], second), torch.ones(G, dtype=torch.double), accumulate=True
+    )
+    cells = expected > 0
+    chi_squared = ((counts - G * expected)[cells] ** 2 / (G * expected[cells])).sum().item()
+    freedom = cells.sum().item() - 1
+    assert counts[~cells].sum() == 0 and chi_squared < freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_greedy_completions_are_those_of_transformers_generate():
+    policy, prompts = make_policy(10, scale=3.0), ["abcdefgh", "cd", "hgfedcbaab"]
+    ids, mask, completions, completion_mask = gsm.generate_completions(policy, Words(), prompts, 1, 20, 0)
+    theirs = policy.generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=20, eos_token_id=1, pad_token_id=0
+    )[:, ids.shape[1] :]
+    assert len(set(map(tuple, completions.tolist()))) == 3
+    for ours, kept, other in zip(completions, completion_mask, theirs):
+        assert ours[kept == 1].tolist() == other[: kept.sum()].tolist()
+
+
+def test_left_padding_and_cache_change_no_log_probability():
+    """Each sampled row again, alone and without padding or cache, must have the probabilities that
+    the batch gave it: guards positions, attention mask and the dropping of finished rows."""
+    policy, prompts = make_policy(10, scale=2.0), ["a", "bcdefgh", "hg"]
+    generator = torch.Generator().manual_seed(0)
+    ids, mask, completions, completion_mask = gsm.generate_completions(
+        policy, Words(), prompts, 8, 12, generator=generator
+    )
+    assert ids.shape == (24, 7) and completion_mask.sum(-1).unique().numel() > 3
+    assert [row[m == 1].tolist() for row, m in zip(ids[::8], mask[::8])] == [
+        row[m == 1].tolist() for row, m in zip(*Words()(prompts).values())
+    ]
+    together = gsm.compute_log_probs(
+        policy, torch.cat([ids, completions], 1), torch.cat([mask, completion_mask], 1), completions.shape[1]
+    )
+    for row in range(24):
+        n, prompt = completion_mask[row].sum(), ids[row][mask[row] == 1]
+        sequence = torch.cat([prompt, completions[row, :n]]).unsqueeze(0)
+        logits = policy(sequence).logits[0, len(prompt) - 1 : -1]
+        alone = logits.log_softmax(-1)[range(n), completions[row, :n]]
+        assert torch.allclose(together[row, :n], alone, atol=1e-5)
+
+
+def test_the_same_generator_gives_the_same_samples_and_the_mode_is_restored():
+    policy = make_policy(10)
+    sample = [
+        gsm.generate_completions(policy.train(mode), Words(), ["ab"], 5, 9, generator=torch.Generator().manual_seed(3))
+        for mode in (True, False)
+    ]
+    assert torch.equal(sample[0][2], sample[1][2]) and not policy.training
+    gsm.generate_completions(policy.train(), Words(), ["ab"], 1, 2)
+    assert policy.training
+
+
+def test_erratum_8_checkpointing_in_train_mode_spoils_the_completions():
+    """Gradient checkpointing in train mode drops the KV cache inside each layer; transformers then
+    generates from the last token alone. generate_completions must not care."""
+    policy = make_policy(50, layers=4, scale=2.0)
+    honest = gsm.generate_completions(policy.eval(), Words(), ["abcd", "efgh"], 1, 30, 0, [49])[2]
+    policy.train()
+    policy.gradient_checkpointing_enable({"use_reentrant": False})
+    ours = gsm.generate_completions(policy, Words(), ["abcd", "efgh"], 1, 30, 0, [49])[2]
+    assert torch.equal(ours, honest)
+    ids = Words()(["abcd", "efgh"])["input_ids"]
+    theirs = policy.generate(ids, do_sample=False, max_new_tokens=30, eos_token_id=49, pad_token_id=0)[:, 4:]
+    width = min(theirs.shape[1], honest.shape[1])
+    agreement = (theirs[:, :width] == honest[:, :width]).float().mean().item()
+    assert agreement < 0.9
+
+
+def test_logits_that_are_not_finite_are_an_error_not_a_crash():
+    policy = make_policy(10)
+    with torch.no_grad():
+        policy.model.norm.weight[0] = math.nan
+    for temperature in (0, 1):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            gsm.generate_completions(policy, Words(), ["ab"], 2, 3, temperature)
+
+
+def test_end_tokens_are_those_of_the_checkpoint_and_of_the_tokenizer():
+    policy = hostile(make_policy(10))
+    assert gsm.get_eos_token_ids(policy, Words()) == [1, 2]
+    policy.generation_config.eos_token_id = 7
+    assert gsm.get_eos_token_ids(policy, Words()) == [1, 7]
+    endless = Words()
+    endless.eos_token_id = policy.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="end token"):
+        gsm.get_eos_token_ids(policy, endless)
+
+
+# --------------------------------------------------------------------------------------------------
+# Log-probabilities
+
+
+def test_log_probs_and_their_gradient_are_those_of_the_whole_table():
+    """Chunks, recomputation, shift by one, temperature: against log_softmax over everything."""
+    policy, temperature = make_policy(40).double(), 0.8
+    ids = torch.randint(40, (3, 11), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    weights = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    table = (policy(ids, attention_mask=mask, position_ids=positions).logits.float() / temperature).log_softmax(-1)
+    expected = table[:, :-1].gather(-1, ids[:, 1:, None])[:, -6:, 0]
+    wanted = torch.autograd.grad((expected * weights).sum(), list(policy.parameters()))
+    for chunk_size in (1, 4, 5, 1000):
+        log_probs = gsm.compute_log_probs(policy, ids, mask, 6, temperature, chunk_size)
+        assert log_probs.dtype == torch.float32 and torch.allclose(log_probs, expected, atol=1e-5)
+        given = torch.autograd.grad((log_probs * weights).sum(), list(policy.parameters()))
+        for a, b in zip(given, wanted):
+            assert torch.allclose(a, b, atol=1e-5)
+    with pytest.raises(ValueError, match="logits_to_keep must be between 1 and 10, not 11"):
+        gsm.compute_log_probs(policy, ids, mask, 11)
+
+
+def test_selective_log_softmax_is_log_softmax_at_the_ids():
+    logits = 30 * torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(7, (4, 5))
+    expected = logits.double().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    assert torch.allclose(gsm.selective_log_softmax(logits, ids).double(), expected, atol=1e-5)
+    assert gsm.selective_log_softmax(logits.bfloat16(), ids).dtype == torch.float32
+
+
+def test_the_memory_of_log_probs_does_not_hold_the_whole_table():
+    """The largest tensor that autograd keeps must not have a vocabulary axis for every token."""
+    policy, sizes = make_policy(5000), []
+    ids = torch.randint(5000, (4, 65))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        gsm.compute_log_probs(policy, ids, torch.ones_like(ids), 64, chunk_size=16)
+    weights = max(p.numel() for p in policy.parameters())
+    assert max(sizes) <= weights < 4 * 64 * 5000
+
+
+def test_bfloat16_weights_do_not_learn_at_the_default_learning_rate():
+    """(!6): why the weights are float32. One AdamW step of 2e-6 on weights near 0.02."""
+    for dtype, moved in ((torch.float32, 1.0), (torch.bfloat16, 0.0)):
+        weight = torch.nn.Parameter(torch.full((1000,), 0.02, dtype=dtype))
+        before = weight.detach().clone()
+        optimizer = torch.optim.AdamW([weight], lr=gsm.Settings.learning_rate, weight_decay=0.0)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        assert (weight != before).float().mean().item() == moved
+    assert torch.nextafter(torch.tensor(0.02).bfloat16(), torch.tensor(1.0).bfloat16()) - 0.02 == pytest.approx(1.2e-4, rel=0.2)
+
+
+# --------------------------------------------------------------------------------------------------
+# Advantages
+
+
+def test_advantages_are_their_formulas():
+    groups = [[2.8, 0.8, 0.8, 0.0], [0.0, 0.0, 0.6, 0.0]]
+    everything = groups[0] + groups[1]
+    for mode in gsm.ADVANTAGES:
+        given = gsm.compute_advantages(torch.tensor(groups), mode).tolist()
+        for group, row in zip(groups, given):
+            for i, r in enumerate(group):
+                centred = r - statistics.mean(group)
+                expected = {
+                    "centered": centred,
+                    "normalized": centred / (statistics.stdev(group) + 1e-4),
+                    "leave_one_out": r - statistics.mean(group[:i] + group[i + 1 :]),
+                    "batch_normalized": centred / (statistics.stdev(everything) + 1e-4),
+                }[mode]
+                assert row[i] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", gsm.ADVANTAGES)
+@pytest.mark.parametrize("reward", [0.0, 0.1, 0.6000000000000001, 0.8, 2.8])
+def test_a_group_of_equal_rewards_teaches_exactly_nothing(mode, reward):
+    """(!4): the float32 mean of equal numbers may differ from them by a rounding error."""
+    rewards = torch.full((3, 7), reward)
+    rewards[0, 0] = 1.0
+    advantages = gsm.compute_advantages(rewards, mode)
+    assert (advantages[1:] == 0).all() and (advantages[0] != 0).all()
+
+
+def test_wrong_advantages_are_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        gsm.compute_advantages(torch.zeros(3, 1))
+    with pytest.raises(ValueError, match=r"must be \[batch num_generations\]"):
+        gsm.compute_advantages(torch.zeros(3))
+    with pytest.raises(ValueError, match="'best' is unknown"):
+        gsm.compute_advantages(torch.zeros(3, 2), "best")
+
+
+def test_process_advantages_sum_the_normalised_rewards_of_later_steps():
+    steps = [[(1, 1.0), (3, 0.0)], [(4, 1.0)], [(0, 0.0), (2, 1.0), (4, 1.0)], [(2, 0.0)]]
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    given = gsm.compute_process_advantages(steps, mask)
+    rewards = [reward for row in steps for _, reward in row]
+    mean, std = statistics.mean(rewards), statistics.stdev(rewards) + 1e-4
+    for row in range(4):
+        for pos in range(5):
+            expected = sum((r - mean) / std for end, r in steps[row] if end >= pos) * mask[row, pos].item()
+            assert given[row, pos].item() == pytest.approx(expected, abs=1e-5)
+    twice = gsm.compute_process_advantages(steps + steps[::-1], torch.cat([mask, mask.flip(0)]), 4)
+    assert torch.equal(twice[:4], given) and torch.allclose(twice[4:], given.flip(0))
+    same = gsm.compute_process_advantages([[(0, 0.7)], [(1, 0.7), (2, 0.7)]], torch.ones(2, 3))
+    assert (same == 0).all()
+    with pytest.raises(ValueError, match="step_rewards has 4 rows"):
+        gsm.compute_process_advantages(steps, mask[:3])
+    with pytest.raises(ValueError, match="multiple of num_generations"):
+        gsm.compute_process_advantages(steps, mask, 3)
+
+
+# --------------------------------------------------------------------------------------------------
+# The loss
+
+
+def random_step(rows=4, length=6, seed=0, per_token=False, dtype=torch.float64):
+    draw = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=draw, dtype=dtype)
+
+    log_probs = -3 * uniform(rows, length)
+    old, reference = log_probs + 0.6 * (uniform(rows, length) - 0.5), log_probs + uniform(rows, length) - 0.5
+    mask = (torch.arange(length) < torch.tensor([length, 2, 4, 1])[:rows, None]).long()
+    advantages = 2 * uniform(rows, length) - 1 if per_token else 2 * uniform(rows) - 1
+    return log_probs.requires_grad_(), old, reference, advantages, mask
+
+
+def loss_by_hand(log_probs, old, reference, advantages, mask, kind, level, epsilon, high, beta, constant, items):
+    """The formulas again, a number at a time."""
+    rows = []
+    for lp, op, rp, a, m in zip(*(x.tolist() for x in (log_probs, old, reference, advantages, mask))):
+        n = sum(m)
+        geometric = math.exp(sum(lp[t] - op[t] for t in range(n)) / n)
+        tokens = []
+        for t in range(n):
+            ratio = geometric if level == "sequence" else math.exp(lp[t] - op[t])
+            A = a[t] if isinstance(a, list) else a
+            if kind == "cispo":
+                token = -min(ratio, 1 + high) * A * lp[t]
+            else:
+                token = -min(ratio * A, min(max(ratio, 1 - epsilon), 1 + high) * A)
+            tokens.append(token + beta * (math.exp(rp[t] - lp[t]) - (rp[t] - lp[t]) - 1))
+        rows.append(tokens)
+    if kind == "grpo":
+        return statistics.mean(sum(tokens) / len(tokens) for tokens in rows)
+    total = sum(map(sum, rows))
+    return total / (len(rows) * constant) if kind == "dr_grpo" else total / (items or sum(map(len, rows)))
+
+
+@pytest.mark.parametrize("kind", gsm.LOSS_TYPES)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("beta, high, per_token, items", [(0, None, False, None), (0.3, 0.4, True, 29)])
+def test_the_loss_is_its_formula(kind, level, beta, high, per_token, items):
+    step = random_step(per_token=per_token)
+    loss, _ = gsm.grpo_loss(
+        *step, epsilon=0.1, epsilon_high=high, beta=beta, loss_type=kind, importance_sampling_level=level,
+        max_completion_length=9, num_items=items,
+    )
+    by_hand = loss_by_hand(*step, kind, level, 0.1, high or 0.1, beta, 9, items)
+    assert loss.item() == pytest.approx(by_hand, rel=1e-9)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo"])
+def test_the_gradient_is_that_of_finite_differences(kind, level):
+    log_probs, *rest = random_step(per_token=True)
+
+    def loss(x):
+        return gsm.grpo_loss(
+            x, *rest, loss_type=kind, importance_sampling_level=level, max_completion_length=9
+        )[0]
+
+    assert torch.autograd.gradcheck(loss, [log_probs])
+
+
+def test_cispo_pushes_every_token_with_its_clipped_weight():
+    log_probs, old, _, advantages, mask = random_step()
+    loss, _ = gsm.grpo_loss(log_probs, old, None, advantages, mask, loss_type="cispo", beta=0, epsilon_high=0.1)
+    loss.backward()
+    weight = (log_probs - old).exp().clamp(max=1.1)
+    assert torch.allclose(log_probs.grad, -(weight * advantages[:, None] * mask) / mask.sum())
+
+
+def test_on_policy_the_gradient_is_the_policy_gradient_whatever_the_loss_says():
+    """The most asked question: the loss is 0, is it broken? Its gradient is −advantage / tokens."""
+    log_probs, _, _, _, _ = random_step()
+    mask, advantages = torch.ones(4, 6), torch.tensor([1.5, -0.5, -0.5, -0.5], dtype=torch.float64)
+    loss, metrics = gsm.grpo_loss(log_probs, log_probs, None, advantages, mask, beta=0)
+    loss.backward()
+    assert abs(loss.item()) < 1e-12 and metrics["ratio"] == 1 and metrics["clip_fraction_high"] == 0
+    assert torch.allclose(log_probs.grad, -advantages[:, None].expand(4, 6) / 24)
+
+
+@pytest.mark.parametrize("kind", gsm.LOSS_TYPES)
+def test_neither_padding_nor_micro_batches_change_the_loss(kind):
+    """The two invariances that catch wrong normalisers; what stands in the padding may be anything."""
+    log_probs, old, reference, advantages, mask = (x.detach() for x in random_step())
+    options = dict(loss_type=kind, max_completion_length=9)
+    loss, metrics = gsm.grpo_loss(log_probs, old, reference, advantages, mask, **options)
+    garbage = torch.tensor([math.inf, -math.inf, math.nan]).expand(4, 3)
+    wide = [torch.cat([x, garbage], dim=1) for x in (log_probs, old, reference)]
+    wide_mask = torch.cat([mask, torch.zeros(4, 3, dtype=torch.long)], dim=1)
+    wide[0].requires_grad_()
+    padded, padded_metrics = gsm.grpo_loss(*wide, advantages, wide_mask, **options)
+    padded.backward()
+    assert padded.item() == pytest.approx(loss.item()) and torch.isfinite(wide[0].grad).all()
+    assert {k: v.item() for k, v in padded_metrics.items()} == pytest.approx({k: v.item() for k, v in metrics.items()})
+    parts = 0
+    for rows in ([0, 3], [1], [2]):
+        part, _ = gsm.grpo_loss(
+            log_probs[rows], old[rows], reference[rows], advantages[rows], mask[rows],
+            num_items=mask.sum().item(), **options,
+        )
+        parts += part.item() * (len(rows) / 4 if kind in ("grpo", "dr_grpo") else 1)
+    assert parts == pytest.approx(loss.item())
+
+
+def test_an_empty_completion_does_not_divide_by_zero():
+    log_probs, old, reference, advantages, mask = random_step()
+    for kind in gsm.LOSS_TYPES:
+        loss, metrics = gsm.grpo_loss(
+            log_probs, old, reference, advantages, mask * 0, loss_type=kind, max_completion_length=9
+        )
+        assert loss.item() == 0 and all(math.isfinite(x) for x in metrics.values())
+
+
+def test_the_metrics_count_what_the_clip_cuts():
+    old = torch.zeros(1, 6)
+    ratio = torch.tensor([[0.5, 0.5, 1.0, 1.5, 1.5, 9.0]])
+    advantages = torch.tensor([[-1.0, 1.0, 1.0, 1.0, -1.0, 1.0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0]])
+    reference = ratio.log() + math.log(2)
+    _, metrics = gsm.grpo_loss(ratio.log(), old, reference, advantages, mask, beta=0.1)
+    assert metrics["clip_fraction_low"].item() == pytest.approx(1 / 5)  # 0.5 with −1
+    assert metrics["clip_fraction_high"].item() == pytest.approx(1 / 5)  # 1.5 with +1
+    assert metrics["ratio"].item() == pytest.approx(1.0)
+    assert metrics["kl"].item() == pytest.approx(2 - math.log(2) - 1)
+    _, metrics = gsm.grpo_loss(ratio.log(), old, None, advantages, mask, beta=0, loss_type="cispo")
+    assert metrics["clip_fraction_high"].item() == pytest.approx(2 / 5) and "kl" not in metrics
+    assert metrics["clip_fraction_low"].item() == 0
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(loss_type="ppo"), "loss_type 'ppo' is unknown; it may be grpo, dapo"),
+    (dict(importance_sampling_level="word"), "importance_sampling_level 'word' is unknown"),
+    (dict(loss_type="dr_grpo"), "needs max_completion_length"),
+    (dict(ref_log_probs=None), "ref_log_probs is needed"),
+    (dict(ref_log_probs=torch.zeros(4, 5)), r"ref_log_probs is \[4, 5\], but log_probs \[4, 6\]"),
+    (dict(old_log_probs=torch.zeros(4, 1)), r"old_log_probs is \[4, 1\]"),
+    (dict(advantages=torch.zeros(3)), r"advantages is \[3, 1\]"),
+    (dict(advantages=torch.zeros(4, 5)), r"advantages is \[4, 5\]"),
+    (dict(completion_mask=torch.zeros(1, 6)), r"completion_mask is \[1, 6\]"),
+])
+def test_the_loss_refuses_what_does_not_fit(change, message):
+    names = ("log_probs", "old_log_probs", "ref_log_probs", "advantages", "completion_mask")
+    with pytest.raises(ValueError, match=message):
+        gsm.grpo_loss(**dict(zip(names, random_step())) | change)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+def make_rollout(policy, groups=3, G=4, seed=0, silent=(), per_token=False, eos=1):
+    """Sampled completions with advantages by lot; the groups in `silent` have none."""
+    draw = torch.Generator().manual_seed(seed)
+    prompts = ["abcdefgh"[:n] for n in (3, 8, 1, 5, 6, 2)][:groups]
+    ids, mask, completions, completion_mask = gsm.generate_completions(
+        policy, Words(), prompts, G, 12, eos_token_ids=[eos], generator=draw
+    )
+    shape = completion_mask.shape if per_token else (groups * G, 1)
+    advantages = torch.randn(shape, generator=draw) * completion_mask
+    for group in silent:
+        advantages[group * G : (group + 1) * G] = 0
+    return gsm.Rollout(
+        torch.cat([ids, completions], 1), torch.cat([mask, completion_mask], 1), completion_mask, advantages, [], {}
+    )
+
+
+def gradient_of(policy, rollout, reference=None, **settings):
+    """The gradient of one update: the optimizer only looks."""
+    seen = {}
+
+    class Look:
+        def step(self):
+            seen.update((n, p.grad.clone()) for n, p in policy.named_parameters() if p.grad is not None)
+
+        def zero_grad(self, set_to_none):
+            policy.zero_grad(set_to_none)
+
+    settings = gsm.Settings(**dict(beta=0.0, max_grad_norm=1e9, max_completion_length=12) | settings)
+    metrics = gsm.update_policy(policy, reference, Look(), rollout, settings)
+    return torch.cat([seen[name].flatten() for name in sorted(seen)]) if seen else None, metrics
+
+
+@pytest.mark.parametrize("options", [
+    *({"loss_type": kind} for kind in gsm.LOSS_TYPES), {"importance_sampling_level": "sequence"}, {"beta": 0.1},
+], ids=str)
+def test_the_gradient_does_not_depend_on_the_micro_batch_size(options):
+    policy, reference = make_policy(10, scale=2.0), make_policy(10, seed=1, scale=2.0)
+    rollout = make_rollout(policy, silent=[1], per_token=True)
+    whole, metrics = gradient_of(policy, rollout, reference, micro_batch_size=100, **options)
+    for size in (1, 2, 5):
+        parts, part_metrics = gradient_of(policy, rollout, reference, micro_batch_size=size, **options)
+        assert (parts - whole).norm() / whole.norm() < 1e-5
+        for name in ("loss", "kl", "clip_fraction", "grad_norm"):
+            assert part_metrics[name] == (None if metrics[name] is None else pytest.approx(metrics[name], rel=1e-4, abs=1e-7))
+
+
+@pytest.mark.parametrize("kind", gsm.LOSS_TYPES)
+def test_the_gradient_of_a_step_is_that_of_the_loss_on_all_rows_at_once(kind):
+    """No sorting, trimming or splitting: every row padded as it was sampled, one call of the loss."""
+    policy = make_policy(10, scale=2.0)
+    rollout = make_rollout(policy, silent=[2])
+    length = rollout.completion_mask.shape[1]
+    log_probs = gsm.compute_log_probs(policy, rollout.input_ids, rollout.attention_mask, length)
+    loss, _ = gsm.grpo_loss(
+        log_probs, log_probs, None, rollout.advantages, rollout.completion_mask, beta=0, loss_type=kind,
+        max_completion_length=12,
+    )
+    loss.backward()
+    names = sorted(name for name, _ in policy.named_parameters())
+    expected = torch.cat([dict(policy.named_parameters())[name].grad.flatten() for name in names])
+    policy.zero_grad()
+    given, metrics = gradient_of(policy, rollout, micro_batch_size=5, loss_type=kind)
+    assert (given - expected).norm() / expected.norm() < 1e-5
+    assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-4)
+
+
+def test_groups_without_signal_cost_no_forward_pass(monkeypatch):
+    policy = make_policy(10)
+    rows, forward = [], gsm.compute_log_probs
+    monkeypatch.setattr(gsm, "compute_log_probs", lambda m, ids, *a: rows.append(len(ids)) or forward(m, ids, *a))
+    gradient_of(policy, make_rollout(policy, silent=[0, 2]), micro_batch_size=3)
+    assert sum(rows) == 4
+    rows.clear()
+    gradient, metrics = gradient_of(policy, make_rollout(policy, silent=[0, 1, 2]))
+    assert gradient is None and rows == [] and metrics["loss"] == 0 and metrics["skipped_updates"] == 0
+    gradient_of(policy, make_rollout(policy, silent=[0, 1, 2]), make_policy(10, seed=1), beta=0.1)
+    assert sum(rows) == 24  # the KL penalty pulls on all of them, and the reference reads them too
+
+
+def test_micro_batches_are_of_like_length_and_trimmed():
+    policy = make_policy(10, scale=2.0)
+    rollout = make_rollout(policy, groups=6)
+    batches = gsm.split_rollout(rollout, 5, keep_all=False)
+    lengths = [row for batch in batches for row in batch["attention_mask"].sum(-1).tolist()]
+    assert lengths == sorted(lengths, reverse=True) and len(lengths) == 24
+    for batch in batches:
+        mask = batch["attention_mask"]
+        assert mask[:, 0].any() and mask[:, -1].any()
+        kept = batch["completion_mask"].shape[1]
+        assert torch.equal(mask[:, -kept:], batch["completion_mask"].to(mask))
+        assert batch["advantages"].shape == batch["completion_mask"].shape
+    assert sum(batch["input_ids"].numel() for batch in batches) < rollout.input_ids.numel()
+
+
+def test_inner_steps_keep_the_probabilities_of_the_sampling_policy(monkeypatch):
+    """(!7): the old log-probabilities are those of the first pass, for all µ passes."""
+    policy, rollout, seen = make_policy(10, scale=2.0), None, []
+    rollout = make_rollout(policy)
+    loss = gsm.grpo_loss
+    monkeypatch.setattr(
+        gsm, "grpo_loss", lambda lp, old, *a, **k: seen.append((lp.detach().clone(), old.clone())) or loss(lp, old, *a, **k)
+    )
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.5)
+    gsm.update_policy(policy, None, optimizer, rollout, gsm.Settings(mu=3, beta=0.0, micro_batch_size=100))
+    assert len(seen) == 3 and torch.equal(*seen[0])
+    assert all(torch.equal(old, seen[0][1]) for _, old in seen) and not torch.allclose(*seen[2], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", gsm.LOSS_TYPES)
+def test_a_step_moves_the_policy_towards_what_was_rewarded(kind):
+    """Sign and size: log π of rewarded completions rises, of the others it falls."""
+    policy = make_policy(10, scale=2.0)
+    rollout = make_rollout(policy)
+    rollout.advantages = torch.tensor([1.0, -1.0] * 6)[:, None] * rollout.completion_mask
+    inputs = rollout.input_ids, rollout.attention_mask, rollout.completion_mask.shape[1]
+    mask = rollout.completion_mask
+
+    def score():
+        with torch.no_grad():
+            rows = (gsm.compute_log_probs(policy, *inputs) * mask).sum(-1) / mask.sum(-1)
+        return rows[::2].mean() - rows[1::2].mean()
+
+    before = score()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    settings = gsm.Settings(beta=0.0, loss_type=kind, max_completion_length=12)
+    gsm.update_policy(policy, None, optimizer, rollout, settings)
+    assert score() > before + 0.01
+
+
+def test_the_kl_penalty_pulls_back_to_the_reference():
+    policy, reference = make_policy(10, seed=1, scale=2.0), make_policy(10, scale=2.0)
+    rollout, kls = make_rollout(policy, silent=[0, 1, 2]), []
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    for _ in range(5):
+        settings = gsm.Settings(beta=1.0, max_completion_length=12)
+        kls.append(gsm.update_policy(policy, reference, optimizer, rollout, settings)["kl"])
+    assert kls == sorted(kls, reverse=True) and kls[-1] < 0.8 * kls[0]
+    rollout.advantages[0] = 1.0
+    _, metrics = gradient_of(policy, rollout, policy, beta=1.0)
+    assert metrics["kl"] == 0  # a policy that is its own reference
+
+
+def test_an_update_that_is_not_finite_is_left_out_and_counted():
+    policy = make_policy(10)
+    rollout = make_rollout(policy)
+    rollout.advantages[0, 0] = math.inf
+    before = {name: p.clone() for name, p in policy.named_parameters()}
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    metrics = gsm.update_policy(policy, None, optimizer, rollout, gsm.Settings(mu=2, beta=0.0, max_completion_length=12))
+    assert metrics["skipped_updates"] == 2
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in policy.named_parameters())
+
+
+def test_every_epoch_is_a_new_order_of_all_rows():
+    drawn = [i for step in range(10) for i in gsm.step_indices(step, 3, 10, seed=0)]
+    epochs = [drawn[:10], drawn[10:20], drawn[20:30]]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len(set(map(tuple, epochs))) == 3
+    assert gsm.step_indices(2, 3, 10, seed=0) == drawn[6:9] != gsm.step_indices(2, 3, 10, seed=1)
+
+
+def flags(policy_folder, out, *extra):
+    return [
+        "--rehearsal", "--model", str(policy_folder / "model"), "--train-file", str(policy_folder / "train.jsonl"),
+        "--eval-file", str(policy_folder / "test.jsonl"), "--output-dir", str(out), "--num-steps", "4",
+        "--batch-size", "3", "--num-generations", "4", "--max-completion-length", "16", "--eval-examples", "5",
+        "--save-every", "2", "--eval-every", "2", *extra,
+    ]
+
+
+METRICS = (
+    "step loss reward_mean reward_std correctness format kl clip_fraction grad_norm learning_rate completion_length "
+    "finished_fraction zero_std_groups tokens_per_second step_seconds peak_memory_bytes"
+).split()
+EVALUATION = "step examples strict strict_low strict_high lenient format finished_fraction mean_length".split()
+UNSTEADY = ("tokens_per_second", "step_seconds", "peak_memory_bytes")
+
+
+def steady(folder):
+    """The metrics of a run without what a clock decides."""
+    lines = gsm.load_json_lines(folder / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in UNSTEADY} for line in lines]
+
+
+def test_a_run_leaves_everything_behind_and_resumes_exactly(policy_folder, tmp_path, capsys):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options = ("--beta", "0.1", "--mu", "2", "--num-iterations", "2", "--num-steps", "3")
+    assert gsm.main(flags(policy_folder, whole, *options)) == 0
+    metrics = steady(whole)
+    assert [line["step"] for line in metrics] == list(range(1, 7))
+    for line in gsm.load_json_lines(whole / "metrics.jsonl"):
+        assert set(METRICS) <= set(line) and all(isinstance(line[name], (int, float)) for name in METRICS)
+    evaluations = gsm.load_json_lines(whole / "eval.jsonl")
+    assert [line["step"] for line in evaluations] == [0, 2, 4, 6] and all(list(line) == EVALUATION for line in evaluations)
+    assert [line["kl"] == 0 for line in metrics].count(True) <= 2  # the reference is not the policy
+    config = json.loads((whole / "config.json").read_text())
+    assert config["settings"]["beta"] == 0.1 and config["torch"] == torch.__version__ and "transformers" in config
+    assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["step-000004", "step-000006"]
+    sample = gsm.load_json_lines(whole / "samples.jsonl")[0]
+    assert {"text", "reward", "advantage"} == set(sample["completions"][0])
+    assert (whole / "curves.png").stat().st_size > 10_000
+    final = gsm.AutoModelForCausalLM.from_pretrained(whole / "final")
+    assert gsm.build_prompt("?", gsm.load_tokenizer(whole / "final")[0]).endswith("assistant\n")
+    started = gsm.load_policy(policy_folder / "model", "cpu")
+    assert any(not torch.equal(a, b) for a, b in zip(final.parameters(), started.parameters()))
+
+    # As if it had been killed after step 5, with half a line written: back to the checkpoint of 4.
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "checkpoints" / "step-000006")
+    (broken / "checkpoints" / "step-000006.tmp").mkdir()
+    lines = (broken / "metrics.jsonl").read_text().split("\n")
+    (broken / "metrics.jsonl").write_text("\n".join(lines[:5]) + '\n{"step": 6, "lo')
+    with pytest.raises(SystemExit) as error:
+        gsm.main(flags(policy_folder, broken, *options))
+    assert error.value.code == 2 and "already holds a run" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as error:
+        gsm.main(flags(policy_folder, broken, *options, "--resume", "--epsilon", "0.3"))
+    assert error.value.code == 2 and "was made with --epsilon 0.2, not 0.3" in capsys.readouterr().err
+    assert gsm.main(flags(policy_folder, broken, *options, "--resume")) == 0
+    assert steady(broken) == metrics and gsm.load_json_lines(broken / "eval.jsonl") == evaluations
+    resumed = gsm.AutoModelForCausalLM.from_pretrained(broken / "final")
+    assert all(torch.equal(a, b) for a, b in zip(final.parameters(), resumed.parameters()))
+
+
+def test_a_reference_is_held_only_with_a_kl_penalty(policy_folder, tmp_path, monkeypatch):
+    held = []
+    monkeypatch.setattr(gsm, "take_step", lambda model, reference, *a: held.append(reference) or 1 / 0)
+    for beta in ("0", "0.1"):
+        with pytest.raises(ZeroDivisionError):
+            gsm.main(flags(policy_folder, tmp_path / beta, "--beta", beta))
+    assert held[0] is None and not any(p.requires_grad for p in held[1].parameters())
+
+
+def test_signals_finish_the_step_save_and_leave(policy_folder, tmp_path, monkeypatch):
+    step = gsm.take_step
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return step(*arguments)
+
+    monkeypatch.setattr(gsm, "take_step", interrupted)
+    handler = signal.getsignal(signal.SIGTERM)
+    assert gsm.main(flags(policy_folder, tmp_path / "run")) == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_a_run_gives_up_when_nothing_is_finite_any_more(policy_folder, tmp_path, monkeypatch, capsys):
+    def broken(*arguments, **options):
+        raise FloatingPointError("the model's logits are not finite")
+
+    monkeypatch.setattr(gsm, "generate_completions", broken)
+    with pytest.raises(SystemExit) as error:
+        gsm.main(flags(policy_folder, tmp_path / "run", "--eval-examples", "0"))
+    assert error.value.code == 1 and "step 3: the 3 last steps had numbers" in capsys.readouterr().err
+    assert [line["skipped_updates"] for line in steady(tmp_path / "run")] == [1, 1, 1]
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(policy_folder, tmp_path, monkeypatch, capsys):
+    save = torch.save
+
+    def full(state, path):
+        if "step-000004" in str(path):
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as error:
+        gsm.main(flags(policy_folder, tmp_path / "run"))
+    assert error.value.code == 1 and "No space left on device" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+
+
+@pytest.mark.parametrize("supervision", gsm.SUPERVISION)
+def test_rewards_reach_the_tokens_that_earned_them(policy_folder, supervision, monkeypatch):
+    """The whole way from text to advantage, with completions that are known."""
+    tokenizer, _ = gsm.load_tokenizer(policy_folder / "model")
+    model = gsm.load_policy(policy_folder / "model", "cpu")
+    texts = [
+        f"<reasoning>\n{a}\n{b}\n</reasoning>\n<answer>\n{c}\n</answer><|im_end|>"
+        for a, b, c in (("2 * 3 = 6", "6 + 1 = 7", 7), ("2 * 3 = 6", "6 + 1 = 8", 8), ("2 * 3 = 7", "7 + 1 = 8", 8))
+    ]
+    ids, mask = (tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right",
+                           return_tensors="pt")[name] for name in ("input_ids", "attention_mask"))
+    prompt = torch.full((3, 2), 5)
+    monkeypatch.setattr(gsm, "generate_completions", lambda *a, **k: (prompt, torch.ones_like(prompt), ids, mask))
+    settings = gsm.Settings(num_generations=3, supervision=supervision)
+    rollout = gsm.collect_rollout(model, tokenizer, [{"question": "?", "answer": "7"}], settings, None)
+    advantages = rollout.advantages
+    assert torch.equal(rollout.completion_mask, mask) and (advantages[mask == 0] == 0).all()
+    assert rollout.stats[0]["correctness"] == [2.0, 0.0, 0.0] and rollout.stats[0]["finished"] == [True] * 3
+    if supervision == "outcome":
+        expected = gsm.compute_advantages(torch.tensor([[2.8, 0.8, 0.8]]))[0]
+        assert torch.allclose(advantages, expected[:, None] * mask)
+        return
+    values = [1, 1, 1, 1, 0, 0, 0, 1, 0]
+    scores = [(v - statistics.mean(values)) / (statistics.stdev(values) + 1e-4) for v in values]
+    for row in range(3):
+        lines = tokenizer.decode(ids[row]).split("\n")
+        ends = [len("\n".join(lines[:n])) for n in (2, 3)]
+        for pos in range(int(mask[row].sum())):
+            before = len(tokenizer.decode(ids[row, :pos]))  # characters before this token
+            left = sum(before >= end for end in ends)  # steps that have ended
+            assert advantages[row, pos].item() == pytest.approx(sum(scores[3 * row + left : 3 * row + 3]), abs=1e-4)
+
+
+def test_evaluation_counts_strict_and_lenient(policy_folder, monkeypatch):
+    tokenizer, _ = gsm.load_tokenizer(policy_folder / "model")
+    model = gsm.load_policy(policy_folder / "model", "cpu")
+    full = "<reasoning>\n</reasoning>\n<answer>\n7\n</answer>"
+    texts = [full, "<answer>\n8\n</answer> 7", "it is 7", "it is 8", full + " and"]
+    texts = [text + "<|im_end|>" * (i < 3) for i, text in enumerate(texts)]
+    written = iter(texts)
+
+    def generate(model, tokenizer, prompts, num_generations, max_completion_length, temperature):
+        assert num_generations == 1 and temperature == 0 and len(prompts) <= 2
+        encoded = tokenizer([next(written) for _ in prompts], padding=True, padding_side="right", return_tensors="pt")
+        return None, None, encoded["input_ids"], encoded["attention_mask"]
+
+    monkeypatch.setattr(gsm, "generate_completions", generate)
+    rows = [{"question": "?" * n, "answer": "7"} for n in range(1, 6)]
+    result = gsm.evaluate_model(model, tokenizer, rows, batch_size=2)
+    assert (result["strict"], result["lenient"], result["format"]) == (2 / 5, 3 / 5, 2 / 5)
+    assert result["finished_fraction"] == 3 / 5 and result["examples"] == 5
+    assert result["mean_length"] == sum(len(tokenizer(t)["input_ids"]) for t in texts) / 5
+    # Wilson's interval for 2 of 5, as statsmodels and the textbook's example have it
+    assert (result["strict_low"], result["strict_high"]) == pytest.approx((0.1176, 0.7693), abs=1e-4)
+    with pytest.raises(ValueError, match="at least one row"):
+        gsm.evaluate_model(model, tokenizer, [])
+
+
+def test_erratum_8_thirty_questions_carry_18_points():
+    low, high = gsm.wilson_interval(15, 30)
+    assert 0.16 < 0.5 - low < 0.18 and 0.5 - low == pytest.approx(high - 0.5)
+    assert 1.96 * math.sqrt(0.25 / 30) == pytest.approx(0.179, abs=1e-3)  # the simpler formula
+    assert gsm.wilson_interval(0, 10)[0] == 0 and gsm.wilson_interval(10, 10)[1] == pytest.approx(1)
+
+
+TORCHRUN = """
+import sys, torch
+sys.path[:0] = [{here!r}]
+import grpo_gsm8k as gsm, test_grpo as t
+torch.set_num_threads(1)
+if gsm.os.environ.get("LOCAL_RANK"):
+    gsm.dist.init_process_group("gloo")
+saved = {{}}
+for options in {options!r}:
+    policy, reference = t.make_policy(10, scale=2.0), t.make_policy(10, seed=1, scale=2.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    for step in range(3):
+        # one global batch of three groups; the second process gets two, or only silent ones
+        whole = t.make_rollout(t.make_policy(10, scale=2.0), seed=step, silent=[1, 2] if step == 1 else [])
+        mine = torch.tensor([4 * g + i for g in gsm.my_share(range(3)) for i in range(4)])
+        part = gsm.Rollout(*(getattr(whole, f)[mine] for f in (
+            "input_ids", "attention_mask", "completion_mask", "advantages")), [], {{}})
+        settings = gsm.Settings(**{{"beta": 0.0, "max_completion_length": 12, "micro_batch_size": 3}} | options)
+        metrics = gsm.update_policy(policy, reference, optimizer, part, settings)
+    saved[str(options)] = {{n: p.detach() for n, p in policy.named_parameters()}}, metrics
+assert gsm.gather_lists([gsm.get_rank()] * 2) == [r for r in range(gsm.get_world_size()) for _ in range(2)]
+if gsm.get_rank() == 0:
+    torch.save(saved, sys.argv[1])
+"""
+
+
+def test_two_processes_learn_what_one_learns(tmp_path):
+    """torchrun with gloo: three steps from the same completions, with every loss, rows of different
+    lengths, and a step in which one process has nothing but silent groups."""
+    options = [{"loss_type": kind} for kind in gsm.LOSS_TYPES] + [{"beta": 0.1, "mu": 2}]
+    (tmp_path / "steps.py").write_text(TORCHRUN.format(here=str(HERE), options=options))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for path, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])):
+        run = [sys.executable, *launcher, str(tmp_path / "steps.py"), str(tmp_path / path)]
+        done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / path, weights_only=True) for path in ("one", "two"))
+    for name in one:
+        (parameters, metrics), (others, other_metrics) = one[name], two[name]
+        start = dict(make_policy(10, scale=2.0).named_parameters())
+        change = torch.cat([(parameters[n] - start[n]).flatten() for n in start])
+        difference = torch.cat([(parameters[n] - others[n]).flatten() for n in start])
+        assert change.norm() > 0.1 and difference.norm() / change.norm() < 1e-3
+        for metric in ("loss", "kl", "clip_fraction", "grad_norm"):
+            assert other_metrics[metric] == (None if metrics[metric] is None else pytest.approx(metrics[metric], rel=1e-3, abs=1e-6))
+
+
+def test_torchrun_trains_evaluates_and_saves_once(policy_folder, tmp_path):
+    run = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(HERE / "grpo_gsm8k.py"),
+        *flags(policy_folder, tmp_path / "run", "--num-steps", "2"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in steady(tmp_path / "run")] == [1, 2]
+    evaluations = gsm.load_json_lines(tmp_path / "run" / "eval.jsonl")
+    assert [line["step"] for line in evaluations] == [0, 2] and evaluations[0]["examples"] == 5
+    alone = gsm.evaluate_model(
+        gsm.load_policy(policy_folder / "model", "cpu"), gsm.load_tokenizer(policy_folder / "model")[0],
+        gsm.load_rows(policy_folder / "test.jsonl")[:5], 16,
+    )
+    assert {k: v for k, v in evaluations[0].items() if k != "step"} == alone
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2
+
+
+# --------------------------------------------------------------------------------------------------
+# The rehearsal, the study, the command line
+
+
+def test_held_out_problems_use_numbers_that_their_template_never_shows():
+    train, held_out = gsm.make_problems(seed=3)
+    patterns = [
+        re.sub(r"\\\{[nt]\\\}", r"[A-Za-z]+", re.sub(r"\\\{[abc]\\\}", r"(\\d+)", re.escape(text)))
+        for text, _ in gsm.TEMPLATES
+    ]
+
+    def numbers(rows):
+        seen = [set() for _ in patterns]
+        for row in rows:
+            fits = [(i, m.groups()) for i, p in enumerate(patterns) if (m := re.fullmatch(p, row["question"]))]
+            assert len(fits) == 1 or row["question"].startswith("What is ")
+            for i, groups in fits:
+                seen[i].add(groups)
+        return seen
+
+    for shown, kept in zip(numbers(train), numbers(held_out)):
+        assert kept and shown and not kept & shown
+    two_steps = [row for row in held_out if row["answer"].count("=") == 2]
+    assert len(two_steps) > 0.8 * len(held_out)
+
+
+def test_the_rehearsals_rows_are_right_and_in_the_format_of_gsm8k(problems):
+    for rows in problems:
+        for i, row in enumerate(rows):
+            assert gsm.check_row(row, i)["answer"] == row["answer"].split("#### ")[1]
+            demonstration = gsm.demonstrate(row)
+            steps = gsm.step_rewards(demonstration, row["answer"].split("#### ")[1])
+            assert [r for _, r in steps] == [1.0] * (row["answer"].count("=") + 1)
+            assert gsm.format_reward([demonstration]) == pytest.approx([0.8])
+    assert gsm.solve([3, 4, 2], "+*") == (["3 + 4 = 7", "7 * 2 = 14"], [3, 7, 14])
+    short = gsm.demonstrate(problems[1][-1], keep_steps=1, tags=False)
+    assert short.count("=") == 1 and "<reasoning>" not in short and "</answer>" in short
+
+
+def test_the_rehearsals_tokenizer_survives_saving_and_reads_everything(policy_folder, tokenizer, problems):
+    """AutoTokenizer rebuilds it from the model's type; the same text must give the same tokens."""
+    loaded, context = gsm.load_tokenizer(policy_folder / "model")
+    assert context == 256
+    for row in problems[1][:50]:
+        text = gsm.build_prompt(row["question"], tokenizer) + gsm.demonstrate(row) + tokenizer.eos_token
+        ids = loaded(text, add_special_tokens=False)["input_ids"]
+        assert ids == tokenizer(text, add_special_tokens=False)["input_ids"] and loaded.decode(ids) == text
+        assert len(ids) < 90
+    assert loaded.decode(loaded("é 🙂 ٣")["input_ids"]) == "é 🙂 ٣"
+
+
+def test_the_start_is_made_once_and_whole(tmp_path, capsys):
+    model, train, held_out = gsm.make_start(tmp_path / "start", seed=0, num_steps=2)
+    assert len(gsm.load_rows(train)) == 4000 and len(gsm.load_rows(held_out)) == 222
+    weights = (model / "model.safetensors").read_bytes()
+    gsm.make_start(tmp_path / "start", seed=0, num_steps=2)
+    assert (model / "model.safetensors").read_bytes() == weights
+    again = gsm.make_start(tmp_path / "again", seed=0, num_steps=2)[0]
+    assert (again / "model.safetensors").read_bytes() == weights  # the seed decides everything
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("--device cpu --num-generations 1", "--num-generations must be at least 2, not 1"),
+    ("--device cpu --batch-size 0", "--batch-size must be at least 1, not 0"),
+    ("--device cpu --learning-rate -1", "--learning-rate must be above 0"),
+    ("--device cpu --learning-rate nan", "--learning-rate must be above 0"),
+    ("--device cpu --epsilon 1", "--epsilon must be above 0 and below 1, not 1.0"),
+    ("--device cpu --beta -0.1", "--beta must be at least 0"),
+    ("--device cpu --temperature 0", "--temperature must be above 0"),
+    ("--device cpu --loss-type ppo", "argument --loss-type: invalid choice: 'ppo'"),
+    ("--device cpu --reward format --supervision process", "--reward format has no meaning"),
+    ("--device cpu --num-steps many", "argument --num-steps: invalid int value: 'many'"),
+    ("--device cpu --train-file nothing.jsonl --output-dir {tmp}/a", "nothing.jsonl: No such file"),
+    ("--device cpu --model nothing/here --train-file {data}/train.jsonl --output-dir {tmp}/b", "--model nothing/here can't be loaded"),
+    ("--device cpu --output-dir {data}/train.jsonl", "can't be written"),
+    ("--device cpu --train-file {data}/train.jsonl --batch-size 100 --output-dir {tmp}/c", "at most the number of training rows (54)"),
+    ("--rehearsal --train-file {data}/train.jsonl --output-dir {tmp}/d", "add --model"),
+    ("--eval-only --eval-examples 0 --device cpu", "leaves nothing to do"),
+    ("--device cpu --model {data}/model --train-file {data}/train.jsonl --output-dir {tmp}/e", "exceed the model's context of 256 tokens"),
+    ("--unknown", "unrecognized arguments: --unknown"),
+])
+def test_the_command_line_refuses_before_any_work(policy_folder, tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        gsm.main(arguments.format(data=policy_folder, tmp=tmp_path).split())
+    printed = capsys.readouterr()
+    assert error.value.code == 2 and message in printed.err and printed.err.count("\n") == 1
+    assert printed.err.startswith("grpo_gsm8k.py: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_can_be_done(capsys):
+    with pytest.raises(SystemExit) as error:
+        gsm.main([])
+    assert error.value.code == 2
+    text = capsys.readouterr().err
+    assert "--rehearsal" in text and "--device cpu" in text
+
+
+def test_every_setting_has_a_flag_and_its_help(capsys):
+    with pytest.raises(SystemExit):
+        gsm.main(["--help"])
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for item in gsm.fields(gsm.Settings):
+        assert f"--{item.name.replace('_', '-')}" in text
+    assert gsm.make_parser().parse_args([]) == argparse.Namespace(**gsm.asdict(gsm.Settings()))
+
+
+def test_without_an_eval_file_a_tenth_is_held_out(policy_folder, tmp_path):
+    settings = gsm.Settings(eval_examples=None)
+    train, held_out = gsm.load_data(settings, policy_folder / "train.jsonl", None)
+    assert (len(train), len(held_out)) == (54, 6)
+    assert train + held_out == gsm.load_rows(policy_folder / "train.jsonl")
+    assert len(gsm.load_data(gsm.Settings(eval_examples=3), policy_folder / "train.jsonl", policy_folder / "test.jsonl")[1]) == 3
+
+
+def test_eval_only_evaluates_and_writes_nothing(policy_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert gsm.main([
+        "--eval-only", "--device", "cpu", "--model", str(policy_folder / "model"), "--eval-examples", "4",
+        "--eval-file", str(policy_folder / "test.jsonl"), "--max-completion-length", "8",
+    ]) == 0
+    assert "of 4 held-out problems right" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_importing_does_no_work():
+    code = "import sys; before = set(sys.modules); import grpo_gsm8k; print('matplotlib' in sys.modules, 'datasets' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.stdout.strip() == "False False" and done.stderr == ""

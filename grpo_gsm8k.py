@@ -1,0 +1,2099 @@
+# SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6,<2.14", "tqdm", "transformers>=5,<6", "datasets", "safetensors", "matplotlib>=3.7",
+# ]
+# ///
+"""GRPO fine-tuning of Qwen2.5-1.5B-Instruct on GSM8K, whole and in one file.
+
+The model reads a word problem, writes its reasoning and an answer in a fixed format, a few times
+over, and is told of each whether the answer was right. From that alone it learns. This file holds
+all that happens in between, in the order in which it happens: rewards, sampling, log-probabilities,
+advantages, loss, evaluation, the loop. transformers provides model and tokenizer, nothing else.
+grpo_sort.py explains the same algorithm on a task that fits on a page; read it first if the terms
+are new. What it calls deltas are advantages here, as in the papers on language models.
+
+    python grpo_gsm8k.py --rehearsal             all of it in miniature: a CPU, minutes, no download
+    python grpo_gsm8k.py                         the full job on one GPU of 80 GB
+    torchrun --nproc-per-node=8 grpo_gsm8k.py    the same on eight, with the same gradients
+    python grpo_gsm8k.py --eval-only --model DIR --eval-file test.jsonl
+    python grpo_gsm8k.py --help                  every setting
+
+    1 data, prompts       5 log-probabilities    9 evaluation               13 rehearsal, study
+    2 outcome rewards     6 advantages          10 settings                 14 command line
+    3 step rewards        7 loss                11 processes, checkpoints
+    4 sampling            8 worked example      12 training loop
+
+Shapes are written [row pos]: a row is one completion, pos counts tokens. `batch` prompts with
+`trial` = num_generations completions each (a group, G of them) make batch·trial rows, those of a
+group one behind the other; `vocab` is the vocabulary, `dim` the model's width. Lines that are easy
+to get wrong carry a number, (!1) to (!8): the README lists them and test_grpo.py guards each.
+Functions whose docstring says "Needs:" can be copied with no more than what it names.
+
+Where this differs from the GRPO paper (arXiv 2402.03300): rewards come from rules, not from a
+trained model; so do the step rewards of process supervision; no reward model is trained again
+between iterations.
+"""
+
+import argparse
+import bisect
+import contextlib
+import copy
+import importlib.util
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from fractions import Fraction
+from operator import add, mul, sub, truediv
+from pathlib import Path
+from types import NoneType
+from typing import get_args
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_model as load_safetensors
+from safetensors.torch import save_model as save_safetensors
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
+
+# ==================================================================================================
+# 1. The data
+#
+# GSM8K (arXiv 2110.14168): 7,473 word problems of primary school to train on, 1,319 to test. A row
+# is a question and a worked answer that ends with "#### " and the number. Only that number is used:
+# the model has to find the way to it by itself. Each question becomes a prompt in the chat format
+# that the model was trained on; without it an instruct model does not know when its turn ends.
+
+SYSTEM_PROMPT = """\
+Solve the problem step by step. Write the steps between <reasoning> and </reasoning>, then the \
+final number alone between <answer> and </answer>, like this:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>"""
+
+
+def extract_answer_from_dataset(text):
+    """The text after '####' in a GSM8K answer, stripped; None if there is none. Needs: nothing."""
+    return text.partition("####")[2].strip() or None
+
+
+def check_row(row, where):
+    """One row of the data, checked → {"question": str, "answer": the final number, as text}.
+
+    Raises ValueError that names `where` (file and line) if the row cannot be trained on.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a row must be a JSON object with question and answer")
+    question, answer = row.get("question"), row.get("answer")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"{where}: no question; each row needs a text under 'question'")
+    if re.search("[\ud800-\udfff]", question):
+        raise ValueError(f"{where}: the question holds half a surrogate pair, which is no text")
+    gold = extract_answer_from_dataset(answer) if isinstance(answer, str) else None
+    if gold is None:
+        raise ValueError(f"{where}: 'answer' must end with '#### ' and the final number")
+    if parse_number(gold) is None:
+        raise ValueError(f"{where}: {gold[:50]!r} after '####' is not one number")
+    return {"question": question, "answer": gold}
+
+
+def load_rows(path=None, split="train"):
+    """GSM8K from the hub, or a JSONL file in its format → list of rows as check_row gives them.
+
+    Raises ValueError with file and line for the first row that is wrong, and for an empty file.
+    """
+    if path is None:
+        from datasets import load_dataset
+
+        rows = load_dataset("openai/gsm8k", "main", split=split)
+        return [check_row(row, f"openai/gsm8k {split}:{i}") for i, row in enumerate(rows)]
+    rows = []
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line.decode("utf-8-sig"))
+                except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
+                    raise ValueError(f"{path}:{number}: not JSON in UTF-8 ({error})") from None
+                rows.append(check_row(row, f"{path}:{number}"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    if not rows:
+        raise ValueError(f"{path}: no rows; one JSON object a line with question and answer")
+    return rows
+
+
+def build_prompt(question, tokenizer):
+    """The question as the model expects it: system turn, user turn, and the start of its own turn.
+
+    The template is the tokenizer's own. It writes all special tokens, so the text has to be encoded
+    with add_special_tokens=False. Raises ValueError if the tokenizer has no template.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template; use an instruct model, or set one")
+    turns = [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": question},
+    ]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+# ==================================================================================================
+# 2. Outcome rewards
+#
+# The reward is a program, not a model: right answers can be checked. It looks at the finished text
+# only, however the model got there:
+#
+#     combined = correctness (2.0 same text, 1.5 same number, else 0) + format (4 tags, 0.2 each)
+#
+# The format term gives the first hold: a model that never writes the tags would never be right.
+# It is small, so that it pays to be right; experiments in results/gsm8k show what it does alone.
+
+# Digits, commas and points that begin and end as a number does; read_number judges what is inside.
+NUMBER = r"(?:(?<!\.)\.)?[0-9](?:[0-9.,]*[0-9])?"
+# [1] a sign that is not a hyphen or a minus between numbers, [2] one behind the currency: $-5,
+# [3] the number, [4] what it is divided by: a/b is one number.
+SIGNED_NUMBER = re.compile(
+    rf"(?:(?<![\w)])([-+\u2212]))?(?:[$£€]\s?([-\u2212])?)?({NUMBER})(?:\s?/\s?({NUMBER}))?"
+)
+LATEX_FRACTION = re.compile(r"(?<![0-9])\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+
+
+def read_number(digits):
+    """'1,234.50' → Fraction(2469, 2); None for misplaced commas, two points, over 40 characters."""
+    valid = r"([0-9]+|[0-9]{1,3}(,[0-9]{3})+)?(\.[0-9]+)?"
+    if len(digits) > 40 or not re.fullmatch(valid, digits):
+        return None
+    return Fraction(digits.replace(",", ""))
+
+
+def parse_number(text):
+    """The number in a text that holds exactly one → Fraction, exact; None for none or several.
+
+    Reads signs, thousands commas, decimals, currency, a/b and \frac{a}{b}; ignores %, units, \boxed
+    and full stops: '-$1,080.50 a year.' is −2161/2. Never raises, in time linear in the text.
+    Needs: re, itertools, fractions.Fraction, and NUMBER … read_number above.
+    """
+    text = LATEX_FRACTION.sub(r"\1/\2", text.replace("{,}", ","))
+    found = list(itertools.islice(SIGNED_NUMBER.finditer(text), 2))
+    # ٣ or ½ would be a number that the pattern does not see; the exponent of cm² is none.
+    unseen = any(c.isnumeric() and c not in "²³" for c in text if not c.isascii())
+    if len(found) != 1 or unseen:
+        return None
+    sign, inner_sign, digits, divisor = found[0].groups()
+    number, divisor = read_number(digits), read_number(divisor or "1")
+    if number is None or not divisor:
+        return None
+    negative = sign in ("-", "\u2212") or inner_sign is not None
+    return (-number if negative else number) / divisor
+
+
+def extract_answer_from_model_output(text):
+    """The stripped text of the last <answer>; None if that is not closed, empty or '...'."""
+    answer, closed, _ = text.rpartition("<answer>")[2].partition("</answer>")
+    if "<answer>" not in text or not closed or answer.strip() in ("", "..."):
+        return None
+    return answer.strip()
+
+
+def correctness_reward(completions, answers):
+    """2.0 for the same text as the right answer, 1.5 for the same number, else 0 → list[float]
+
+    completions, answers: lists of texts of the same length; answers as after GSM8K's '####'.
+    """
+
+    def grade(given, answer):
+        if given is None:
+            return 0.0
+        if given == answer.strip():
+            return 2.0
+        number = parse_number(given)
+        return 1.5 if number is not None and number == parse_number(answer) else 0.0
+
+    return [grade(extract_answer_from_model_output(c), a) for c, a in zip(completions, answers)]
+
+
+def format_reward(completions):
+    """0.2 for each of the four tags that is present, wherever it stands → list[float]"""
+    tags = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+    return [0.2 * sum(tag in completion for tag in tags) for completion in completions]
+
+
+def combined_reward(completions, answers):
+    """correctness_reward + format_reward, 0 … 2.8 → list[float]"""
+    correctness, form = correctness_reward(completions, answers), format_reward(completions)
+    return [c + f for c, f in zip(correctness, form)]
+
+
+# ==================================================================================================
+# 3. Step rewards (process supervision)
+#
+# An outcome reward blames or praises every token alike. Process supervision (arXiv 2402.03300,
+# section 4.1.3) rewards each step of the reasoning. There it took a trained reward model; here a
+# step is a line with an equation, and arithmetic can be checked:
+#
+#     Natalia sold 48/2 = 24 clips in May.      24 = 48/2         1.0
+#     In all she sold 48+24 = 73 clips.         73 ≠ 48 + 24      0.0
+#     <answer>73</answer>                       the last step     0.0
+#
+# Only what is certainly an equation is judged. In "24 cups * 1/12 = 2" the words cut the left side,
+# and "1/12 = 2" would be wrong: such a line is left alone, for a wrong verdict teaches the wrong
+# thing. What the check cannot see is whether a true equation was of any use.
+#
+# Text → tokens → for each "=", the longest run of arithmetic that touches it on either side.
+
+TOKEN = re.compile(
+    rf"(?P<number>{NUMBER})|(?P<bullet>^\s*[-*•]\s|\*\*)|(?P<over>//|÷|\\div\b)"
+    r"|(?P<symbol>[-+*/()%=])|(?P<space>\s+|[$£€])"
+    r"|(?P<times>[×·]|\\times\b|\\cdot\b|(?<![A-Za-z])[xX](?=\s*[$£€]?\(?\.?[0-9]))"
+    r"|(?P<minus>[\u2212–])|(?P<approx>≈|\\approx\b)|(?P<word>[<>!]=|==|[^\W\d]\w*|\\.|.)"
+)
+ANNOTATION = re.compile(r"<<([^<>]*)>>")  # GSM8K's calculator: 48/2 = <<48/2=24>>24
+OPERATIONS = {"+": add, "-": sub, "sign+": add, "sign-": sub, "*": mul, "/": truediv}
+SAME = {"times": "*", "over": "/", "minus": "-", "approx": "="}
+
+
+def tokenize_arithmetic(text):
+    """'48/2 = 24 clips' → [(48, 0), '/', (2, 0), '=', (24, 0), 'word'], numbers with decimals"""
+    tokens = []
+    for match in TOKEN.finditer(text):
+        kind, piece = match.lastgroup, match.group()
+        if kind == "number":
+            number = read_number(piece)
+            tokens.append("word" if number is None else (number, len(piece.partition(".")[2])))
+        elif kind != "space":
+            tokens.append(piece if kind == "symbol" else SAME.get(kind, "word"))
+    return tokens
+
+
+def evaluate_arithmetic(tokens):
+    """The value of [number, '+', '(', …] → Fraction, or None if it is no expression.
+
+    The shunting-yard algorithm (Dijkstra 1961): two stacks, so no nesting is too deep for it.
+    """
+    rank = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "sign+": 3, "sign-": 3}
+    values, waiting, value_next = [], [], True
+
+    def apply():
+        right, left = values.pop(), values.pop()
+        values.append(OPERATIONS[waiting.pop()](left, right))
+
+    try:
+        for token in tokens:
+            is_number = isinstance(token, tuple)
+            if (is_number or token == "(") != value_next and token not in ("+", "-"):
+                return None
+            if is_number:
+                values.append(token[0])
+                value_next = False
+            elif token == "(":
+                waiting.append(token)
+            elif token == ")":
+                while waiting[-1] != "(":
+                    apply()
+                waiting.pop()
+            elif token == "%":
+                values[-1] /= 100
+            elif value_next:  # a sign: −x is 0 − x, before anything else
+                values.append(Fraction(0))
+                waiting.append("sign" + token)
+            else:
+                while waiting and rank[waiting[-1]] >= rank[token]:
+                    apply()
+                waiting.append(token)
+                value_next = True
+        while waiting:
+            apply()
+    except (IndexError, KeyError, ZeroDivisionError):  # unbalanced, "(" never closed, x / 0
+        return None
+    return None if value_next else values[0]
+
+
+def judge_equation(left, right):
+    """Two token lists → True, False, or None where one of them is no expression.
+
+    A number standing alone may be rounded to the decimals that it shows: 100/3 = 33.3 holds. A
+    percent sign may mean a hundredth (20% * 50 = 10) or be a unit (5/20*100 = 25%).
+    """
+    alone = [side[0] for side in (left, right) if len(side) == 1 and isinstance(side[0], tuple)]
+    rounding = [Fraction(1, 2 * 10**decimals) for _, decimals in alone]
+    for drop in ((), ("%",)):
+        a, b = (evaluate_arithmetic([t for t in s if t not in drop]) for s in (left, right))
+        if a is None or b is None:
+            return None
+        if abs(a - b) <= max(rounding, default=0):
+            return True
+    return False
+
+
+def check_equations(text, annotation=False):
+    """A verdict for every equation in a text that can be checked → list[bool]
+
+    a = b = c are two equations. Number = number is one only behind arithmetic (2*3 = 6 = 7) and in
+    a calculator annotation: "$1 = 100 cents" is no mistake.
+    """
+    segments = [[]]
+    for token in tokenize_arithmetic(LATEX_FRACTION.sub(r"(\1)/(\2)", text)):
+        if token == "=":
+            segments.append([])
+        else:
+            segments[-1].append(token)
+    verdicts, chained = [], False
+    for before, behind in zip(segments, segments[1:]):
+        start = max((i + 1 for i, token in enumerate(before) if token == "word"), default=0)
+        stop = next((i for i, token in enumerate(behind) if token == "word"), len(behind))
+        left, right = before[start:], behind[:stop]
+        if right[-1:] == ["/"] and stop < len(behind):  # = $8/hour
+            right.pop()
+        # A word, then an operator or a lone number: the left side began before the word.
+        cut = start > 0 and (len(left) == 1 or left[:1] in (["+"], ["-"], ["*"], ["/"], ["%"]))
+        arithmetic = annotation or (chained and start == 0) or max(len(left), len(right)) > 1
+        verdict = None
+        if arithmetic and not cut and len(left) + len(right) <= 400:
+            verdict = judge_equation(left, right)
+        chained = verdict is not None
+        if chained:
+            verdicts.append(verdict)
+    return verdicts
+
+
+def step_rewards(completion, answer):
+    """Where each step of a completion ends and its reward → list[(character offset, reward)]
+
+    A step is a line of the reasoning with an equation that can be checked: 1.0 if all on it hold,
+    else 0.0. The last step is the answer together with all that is left, the end token too: it ends
+    where the completion does; its reward is the correctness reward scaled to 0 … 1.
+    """
+    begin = completion.find("<reasoning>")
+    begin = 0 if begin < 0 else begin + len("<reasoning>")
+    reasoning = re.split("</reasoning>|<answer>", completion[begin:], maxsplit=1)[0]
+    steps = []
+    for line in re.finditer(r"[^\n]+", reasoning):
+        if line.end() - line.start() > 2000:  # no equation that a reader would follow
+            continue
+        verdicts = check_equations(ANNOTATION.sub("", line.group()))
+        for equation in ANNOTATION.findall(line.group()):
+            verdicts += check_equations(equation, annotation=True)
+        if verdicts:
+            steps.append((begin + line.end(), float(all(verdicts))))
+    return [*steps, (len(completion), correctness_reward([completion], [answer])[0] / 2)]
+
+
+def locate_steps(steps, completion_ids, tokenizer):
+    """The same steps by token: (character offset, reward) → list[(end token index, reward)]
+
+    completion_ids: list of the completion's tokens, as sampled. Encoding the text again would give
+    other tokens than those that were sampled, so each end is searched for (by halving) among the
+    prefixes of what was: the first that decodes to all of the text up to that offset. The last step
+    ends with the last token.
+    """
+
+    def decode(length):
+        return tokenizer.decode(
+            completion_ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    text, last, found, index = decode(None), len(completion_ids) - 1, [], 0
+    for end, reward in steps[:-1]:
+        index = bisect.bisect_left(
+            range(last), True, lo=index, key=lambda i: decode(i + 1)[:end] == text[:end]
+        )
+        found.append((index, reward))
+    return [*found, (last, steps[-1][1])]
+
+
+# ==================================================================================================
+# 4. Sampling
+#
+# The rollout: a group of G = num_generations completions for each prompt, drawn token by token from
+#
+#     π(a | s) = softmax(logits / temperature)
+#
+# and from nothing else, because the ratios of section 7 assume exactly that. A checkpoint brings
+# habits of its own (Qwen2.5-1.5B-Instruct: top_k 20, top_p 0.8, repetition_penalty 1.1, temperature
+# 0.7), and model.generate() follows them unless each is switched off: then the samples come from
+# one distribution and are scored under another. So the loop is written out here. It reads a prompt
+# once for its whole group, keeps the KV cache, and drops rows as they finish.
+
+
+def create_completion_mask(completion_ids, eos_token_ids):
+    """1 up to and including the first end token, 0 behind it.
+
+    (!1) By position, not by comparing with the pad token: pad is often the end token itself, and a
+    model whose end token is outside the mask never learns to stop.
+
+    completion_ids int[row pos], eos_token_ids a list → int[row pos]. Needs: torch.
+    """
+    ends = torch.tensor(eos_token_ids, device=completion_ids.device)  # [end]
+    is_end = torch.isin(completion_ids, ends).int()  # [row pos]
+    ends_before = is_end.cumsum(dim=-1) - is_end  # [row pos]
+    return (ends_before == 0).int()
+
+
+def get_eos_token_ids(model, tokenizer):
+    """Every token that ends a completion: the checkpoint's generation_config and the tokenizer's.
+
+    Qwen2.5 has two. Raises ValueError if there is none.
+    """
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, (list, tuple)) else [ends]
+    ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
+    if not ends:
+        raise ValueError("neither tokenizer nor generation_config has an end token (eos_token_id)")
+    return ends
+
+
+def encode_prompts(tokenizer, prompts):
+    """Left-padded, so that all prompts end where completions begin → ids, mask int[batch pos]"""
+    encoded = tokenizer(
+        prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+    )
+    return encoded["input_ids"], encoded["attention_mask"]
+
+
+@torch.no_grad()
+def generate_completions(
+    model, tokenizer, prompts, num_generations, max_completion_length,
+    temperature=1.0, eos_token_ids=None, generator=None,
+):
+    """Sample num_generations completions of each prompt; greedy if temperature is 0.
+
+    prompts: texts as build_prompt makes them. Returns prompt_ids, prompt_mask int[row prompt_pos],
+    left-padded, each prompt repeated num_generations times in a row, and completion_ids,
+    completion_mask int[row pos], with pos ≤ max_completion_length. The same generator state gives
+    the same samples. Raises FloatingPointError if the logits are not finite.
+    Needs: torch, and create_completion_mask, encode_prompts, get_eos_token_ids above.
+    """
+    was_training = model.training
+    # (!2) In train mode gradient checkpointing drops the KV cache, and the completions are wrong.
+    model.eval()
+    device = model.device
+    eos_token_ids = eos_token_ids or get_eos_token_ids(model, tokenizer)
+    ends = torch.tensor(eos_token_ids, device=device)  # [end]
+    prompt_ids, prompt_mask = (x.to(device) for x in encode_prompts(tokenizer, prompts))
+
+    positions = (prompt_mask.cumsum(dim=-1) - 1).clamp(min=0)  # [prompt pos]: padding not counted
+    output = model(
+        prompt_ids, attention_mask=prompt_mask, position_ids=positions,
+        use_cache=True, logits_to_keep=1,
+    )
+    cache = output.past_key_values
+    cache.batch_repeat_interleave(num_generations)  # [prompt …] → [row …]
+
+    def repeat(x):
+        return x.repeat_interleave(num_generations, dim=0)
+
+    logits = repeat(output.logits[:, -1])  # [row vocab]
+    mask, position = repeat(prompt_mask), repeat(positions[:, -1:])  # [row prompt_pos], [row 1]
+    active = torch.arange(len(mask), device=device)  # the rows that go on
+    completion_ids = torch.full(
+        (len(mask), max_completion_length), tokenizer.pad_token_id, device=device
+    )  # [row pos]
+    for pos in range(max_completion_length):
+        logits = logits.float()  # [active vocab]
+        if not torch.isfinite(logits).all():
+            raise FloatingPointError("the model's logits are not finite")
+        if temperature == 0:
+            token = logits.argmax(dim=-1, keepdim=True)  # [active 1]
+        else:
+            probs = (logits / temperature).softmax(dim=-1)  # [active vocab]
+            token = torch.multinomial(probs, 1, generator=generator)  # [active 1]
+        completion_ids[active, pos] = token[:, 0]
+        going = (~torch.isin(token[:, 0], ends)).nonzero()[:, 0]  # indices into active
+        if len(going) == 0 or pos == max_completion_length - 1:
+            break
+        if len(going) < len(active):
+            cache.batch_select_indices(going)
+            active, mask, position, token = (x[going] for x in (active, mask, position, token))
+        mask = F.pad(mask, (0, 1), value=1)  # [active prompt_pos + pos]
+        position = position + 1  # [active 1]
+        logits = model(
+            token, attention_mask=mask, position_ids=position,
+            past_key_values=cache, use_cache=True,
+        ).logits[:, -1]  # [active vocab]
+    model.train(was_training)
+    completion_ids = completion_ids[:, : pos + 1]  # [row pos]
+    completion_mask = create_completion_mask(completion_ids, eos_token_ids)  # [row pos]
+    return repeat(prompt_ids), repeat(prompt_mask), completion_ids, completion_mask
+
+
+# ==================================================================================================
+# 5. Log-probabilities
+#
+# The same log π(a_t | s, a_<t) that was sampled from, now with gradients and all positions at once.
+# Logits are the largest tensor of the whole job: one number for each of 151,936 vocabulary entries
+# and each token, in float32 0.6 MB a token, 23 GB for 96 completions of 400 tokens. But only one of
+# them per token is needed. So the output layer is applied to a chunk of tokens at a time, and
+# applied again in the backward pass rather than remembered: memory depends on the chunk only.
+
+
+def selective_log_softmax(logits, ids):
+    """log softmax(logits) at ids, without the table of all the others: logit − log Σ exp(logits).
+
+    logits float[… vocab], ids int[…] → float[…], at least float32. Needs: torch.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # [… vocab]
+    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+
+
+def compute_log_probs(
+    model, input_ids, attention_mask, logits_to_keep, temperature=1.0, chunk_size=1024
+):
+    """The log-probability of each of the last logits_to_keep tokens, given all before it.
+
+    input_ids, attention_mask int[row pos], prompt and completion; padding may stand on both sides,
+    and its own log-probabilities mean nothing. temperature is that of the sampling, chunk_size a
+    number of tokens. → float32[row logits_to_keep]. Raises ValueError if logits_to_keep does not
+    leave a token to start from. Needs: torch, torch.utils.checkpoint, selective_log_softmax.
+    """
+    if not 0 < logits_to_keep < input_ids.shape[1]:
+        raise ValueError(
+            f"logits_to_keep must be between 1 and {input_ids.shape[1] - 1}, not {logits_to_keep}"
+        )
+    positions = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)  # [row pos]
+    hidden = model.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+    ).last_hidden_state  # [row pos dim]
+    # (!3) The output at position t predicts token t + 1.
+    hidden = hidden[:, -logits_to_keep - 1 : -1].flatten(0, 1)  # [row*kept dim]
+    targets = input_ids[:, -logits_to_keep:].flatten()  # [row*kept]
+    head = model.get_output_embeddings()
+
+    def score(hidden, targets):
+        return selective_log_softmax(head(hidden).float() / temperature, targets)  # [chunk]
+
+    log_probs = [
+        checkpoint(score, h, t, use_reentrant=False)
+        for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size))
+    ]
+    return torch.cat(log_probs).view(len(input_ids), logits_to_keep)  # [row kept]
+
+
+# ==================================================================================================
+# 6. Advantages
+#
+# How much better a completion was than the others of its group: the group's mean replaces the value
+# network of PPO. (grpo_sort.py measures the choices below on a toy and calls advantages deltas.)
+#
+#     normalized         (r − mean) / (std + 1e-4)     GRPO, arXiv 2402.03300, section 4.1.2
+#     centered           r − mean                      Dr. GRPO, arXiv 2503.20783
+#     leave_one_out      r − mean of the others        RLOO, arXiv 2402.14740
+#     batch_normalized   (r − mean) / (std of all rewards of the step + 1e-4)   arXiv 2508.08221
+#
+# A group whose rewards are all equal, all right or all wrong, has advantage 0: it teaches nothing.
+
+ADVANTAGES = ("normalized", "centered", "leave_one_out", "batch_normalized")
+
+
+def compute_advantages(rewards, mode="normalized"):
+    """One advantage for each completion.
+
+    rewards float[batch num_generations] → the same shape. Raises ValueError for an unknown mode,
+    another shape, or groups of one. Needs: torch.
+    """
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        raise ValueError(
+            "rewards must be [batch num_generations] with num_generations at least 2, "
+            f"not {list(rewards.shape)}"
+        )
+    rewards = rewards.float()
+    mean = rewards.mean(dim=-1, keepdim=True)  # [batch 1]
+    # (!4) The float32 mean of 0.8, 0.8, 0.8 is not 0.8, and 1e-4 does not hide it: exactly 0 here.
+    equal = rewards.amax(dim=-1, keepdim=True) == rewards.amin(dim=-1, keepdim=True)  # [batch 1]
+    centered = (rewards - mean).masked_fill(equal, 0.0)  # [batch num_generations]
+    if mode == "centered":
+        return centered
+    if mode == "normalized":
+        return centered / (rewards.std(dim=-1, keepdim=True) + 1e-4)
+    if mode == "leave_one_out":
+        return centered * rewards.shape[1] / (rewards.shape[1] - 1)
+    if mode == "batch_normalized":
+        return centered / (rewards.std() + 1e-4)
+    raise ValueError(
+        f"mode {mode!r} is unknown; it may be normalized, centered, leave_one_out, batch_normalized"
+    )
+
+
+def compute_process_advantages(step_rewards, completion_mask, num_generations=None):
+    """Advantages of tokens from rewards of steps: GRPO, arXiv 2402.03300, section 4.1.3.
+
+    The rewards of all steps of all completions of a group are normalised together; the advantage of
+    a token is the sum of those of its own and later steps. A completion with more steps adds more
+    terms, so here steps that hold are also worth having.
+
+    step_rewards: for each row the steps as (end token index, reward); completion_mask int[row pos];
+    num_generations: rows in a group, in a row; None: all are one group → float[row pos], on the
+    mask's device. Raises ValueError if the rows do not fit. Needs: torch.
+    """
+    rows, size = len(completion_mask), num_generations or len(completion_mask)
+    if len(step_rewards) != rows or rows % size:
+        raise ValueError(
+            f"step_rewards has {len(step_rewards)} rows, completion_mask {rows}; "
+            f"both must be the same multiple of num_generations ({size})"
+        )
+    advantages = torch.zeros(completion_mask.shape)  # [row pos]
+    for first in range(0, rows, size):
+        group = range(first, first + size)
+        rewards = [reward for row in group for _, reward in step_rewards[row]]
+        rewards = torch.tensor(rewards)  # [step]
+        if len(rewards) < 2 or rewards.max() == rewards.min():
+            continue
+        mean, std = rewards.mean().item(), rewards.std().item()
+        for row in group:
+            for end, reward in step_rewards[row]:
+                advantages[row, : end + 1] += (reward - mean) / (std + 1e-4)
+    return advantages.to(completion_mask.device) * completion_mask
+
+
+# ==================================================================================================
+# 7. The loss
+#
+# With ρ = exp(log π − log π_old), the ratio to the policy that sampled, and advantages Â, the loss
+# of a token is
+#
+#     ℓ = −min(ρ Â, clip(ρ, 1 − ε, 1 + ε_high) Â) + β k3        GRPO, arXiv 2402.03300, eq. 3
+#     k3 = exp(log π_ref − log π) − (log π_ref − log π) − 1      eq. 4: KL to the reference model
+#
+# Until the policy has moved, ρ = 1 and ℓ = −Â: the value of the loss says nothing (it is 0 when all
+# completions are of one length); its gradient, −Â ∇log π, is what teaches. The clip ends the push
+# on a token that has gone far enough in its direction. cispo clips the weight of the push instead:
+#
+#     ℓ = −stop_gradient(min(ρ, 1 + ε_high)) Â log π             CISPO, arXiv 2506.13585, section 3
+#
+# importance_sampling_level="sequence" replaces every ρ of a completion by the geometric mean of
+# them (GSPO, arXiv 2507.18071, eq. 7). How the tokens of all rows are averaged is its own choice:
+#
+#     grpo      mean over rows of each row's mean     a token of a long completion counts less
+#     dapo      Σ ℓ / all tokens of the step          every token counts the same (2503.14476)
+#     dr_grpo   Σ ℓ / (rows · max_completion_length)  the same, by a constant (2503.20783)
+#     cispo     as dapo
+
+LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "cispo")
+
+
+def grpo_loss(
+    log_probs, old_log_probs, ref_log_probs, advantages, completion_mask,
+    *, epsilon=0.2, epsilon_high=None, beta=0.04, loss_type="grpo",
+    importance_sampling_level="token", max_completion_length=None, num_items=None,
+):
+    """The loss to minimise and what to log of it → (scalar, dict of detached scalars)
+
+    log_probs, old_log_probs, ref_log_probs float[row pos] (the last may be None if beta is 0);
+    advantages float[row] or [row pos]; completion_mask [row pos]. epsilon_high None: epsilon.
+    max_completion_length is dr_grpo's constant; num_items the number of completion tokens to divide
+    by in dapo and cispo if these rows are only a part of the step; None: those of completion_mask.
+    The metrics are means over the tokens: kl (k3; only if beta is not 0), ratio, and the shares
+    clip_fraction_low and clip_fraction_high whose gradient the clip has cut.
+    Raises ValueError for names and shapes that do not fit. Needs: torch.
+    """
+    for name, value, choices in (
+        ("loss_type", loss_type, ("grpo", "dapo", "dr_grpo", "cispo")),
+        ("importance_sampling_level", importance_sampling_level, ("token", "sequence")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} {value!r} is unknown; it may be {', '.join(choices)}")
+    if loss_type == "dr_grpo" and not max_completion_length:
+        raise ValueError("loss_type 'dr_grpo' needs max_completion_length")
+    if beta and ref_log_probs is None:
+        raise ValueError("beta is not 0, so ref_log_probs is needed")
+    if advantages.dim() == 1:
+        advantages = advantages.unsqueeze(-1)  # [row 1]
+    rows, length = log_probs.shape
+    for name, tensor, shapes in (
+        ("old_log_probs", old_log_probs, [(rows, length)]),
+        ("ref_log_probs", ref_log_probs if beta else log_probs, [(rows, length)]),
+        ("advantages", advantages, [(rows, 1), (rows, length)]),
+        ("completion_mask", completion_mask, [(rows, length)]),
+    ):
+        if tuple(tensor.shape) not in shapes:
+            raise ValueError(f"{name} is {list(tensor.shape)}, but log_probs {[rows, length]}")
+    epsilon_high = epsilon if epsilon_high is None else epsilon_high
+    mask = completion_mask.to(log_probs.dtype)  # [row pos]
+    padding = completion_mask == 0
+    row_tokens = mask.sum(dim=-1, keepdim=True).clamp(min=1)  # [row 1]
+
+    # (!5) Padding is removed before exp(): 0 · inf is not 0.
+    log_ratio = (log_probs - old_log_probs.detach()).masked_fill(padding, 0)  # [row pos]
+    if importance_sampling_level == "sequence":
+        log_ratio = log_ratio.sum(dim=-1, keepdim=True) / row_tokens  # [row 1]
+    ratio = log_ratio.exp()  # [row pos] or [row 1]
+    if loss_type == "cispo":
+        weight = ratio.detach().clamp(max=1 + epsilon_high)
+        token_loss = -weight * advantages * log_probs.masked_fill(padding, 0)  # [row pos]
+    else:
+        clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
+        token_loss = -torch.minimum(ratio * advantages, clipped * advantages)  # [row pos]
+    metrics = {}
+    if beta:
+        x = (ref_log_probs.detach() - log_probs).masked_fill(padding, 0)  # [row pos]
+        kl = x.exp() - x - 1  # [row pos]
+        token_loss = token_loss + beta * kl
+        metrics["kl"] = (kl * mask).sum() / mask.sum().clamp(min=1)
+    token_loss = token_loss * mask  # [row pos]
+
+    if loss_type == "grpo":
+        loss = (token_loss.sum(dim=-1, keepdim=True) / row_tokens).mean()
+    elif loss_type == "dr_grpo":
+        loss = token_loss.sum() / (len(mask) * max_completion_length)
+    else:
+        loss = token_loss.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
+
+    high = ratio > 1 + epsilon_high
+    low = ratio < 1 - epsilon
+    if loss_type == "cispo":  # clips the weight whatever the advantage, and at the top only
+        low = torch.zeros_like(low)
+    else:
+        high, low = high & (advantages > 0), low & (advantages < 0)
+    for name, value in (("ratio", ratio), ("clip_fraction_low", low), ("clip_fraction_high", high)):
+        metrics[name] = (value * mask).sum() / mask.sum().clamp(min=1)
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+# ==================================================================================================
+# 8. A worked example, to follow with a pencil
+#
+# One question, four completions; from text to loss. The rehearsal prints it before it trains.
+
+
+def worked_example():
+    """The text of the example: four completions, their rewards and advantages of every kind."""
+    answer = "72"  # 48 clips in April, half as many in May: how many in all?
+    reasoning = ("48/2 = 24\n48+24 = 72", "48/2 = 24\n48+24 = 73", "48/2 = 26\n48+26 = 74")
+    completions = [
+        f"<reasoning>\n{lines}\n</reasoning>\n<answer>\n{lines[-2:]}\n</answer>"
+        for lines in reasoning
+    ]
+    completions.append("72")  # right, but without the tags nobody can see that
+    rewards = torch.tensor([combined_reward(completions, [answer] * 4)])  # [batch=1 trial]
+    table = {"reward": rewards} | {mode: compute_advantages(rewards, mode) for mode in ADVANTAGES}
+    table = {name: [f"{x:.2f}" for x in row[0].tolist()] for name, row in table.items()}
+    # Process supervision, as if every character were a token.
+    steps = [
+        [(end - 1, reward) for end, reward in step_rewards(completion, answer)]
+        for completion in completions
+    ]
+    mask = torch.ones(4, max(len(completion) for completion in completions))  # [row pos]
+    by_token = compute_process_advantages(steps, mask)  # [row pos]
+    table["step rewards"] = [" ".join(f"{reward:.0f}" for _, reward in row) for row in steps]
+    table["process"] = [
+        " ".join(f"{by_token[i, end]:+.1f}" for end, _ in row) for i, row in enumerate(steps)
+    ]
+    heads = [*(lines.replace("\n", ", ") for lines in reasoning), "only 72"]
+    lines = [f"{'':18}" + "".join(f"{head:>24}" for head in heads)]
+    lines += [f"{name:18}" + "".join(f"{x:>24}" for x in row) for name, row in table.items()]
+    return "\n".join(lines)
+
+
+# ==================================================================================================
+# 9. Evaluation
+#
+# Greedy, one completion a question, on problems that were not trained on. Two accuracies, because a
+# model can know the answer and not the format: strict wants the right number in the answer tag,
+# lenient takes the last number of the text where the tag has none. What training gains is often
+# strict alone: format, not arithmetic. And n questions are a sample, so an interval belongs to it.
+
+
+def wilson_interval(successes, n, z=1.959964):
+    """The 95 % confidence interval of a rate (Wilson 1927) → (low, high); needs: math."""
+    rate, centre = successes / n, (successes + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(n * rate * (1 - rate) + z * z / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def decode_completions(tokenizer, completion_ids, completion_mask):
+    """→ (texts without special tokens, the tokens inside the mask as lists)"""
+    tokens = [row[: int(n)].tolist() for row, n in zip(completion_ids, completion_mask.sum(dim=-1))]
+    texts = tokenizer.batch_decode(
+        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return texts, tokens
+
+
+def last_number(text):
+    """The last number of a text, as parse_number reads it → Fraction or None"""
+    pieces = [match.group() for match in SIGNED_NUMBER.finditer(text)]
+    return parse_number(pieces[-1]) if pieces else None
+
+
+def evaluate_model(model, tokenizer, rows, max_completion_length=400, batch_size=64):
+    """Greedy accuracy on rows as load_rows gives them, shared out over the processes.
+
+    → dict: examples, strict and its interval strict_low, strict_high, lenient, format (share with
+    all four tags), finished_fraction (share that ended by itself), mean_length (tokens). Raises
+    ValueError if there are no rows.
+    """
+    if not rows:
+        raise ValueError("evaluate_model needs at least one row")
+    ends = get_eos_token_ids(model, tokenizer)
+    # Prompts of like length together: less padding.
+    mine = sorted(rows[get_rank() :: get_world_size()], key=lambda row: len(row["question"]))
+    counts = torch.zeros(5, dtype=torch.float64)  # strict, lenient, format, finished, tokens
+    progress = tqdm(total=len(mine), desc="evaluating", leave=False, disable=get_rank() > 0)
+    for first in range(0, len(mine), batch_size):
+        batch = mine[first : first + batch_size]
+        prompts = [build_prompt(row["question"], tokenizer) for row in batch]
+        with autocast(model.device):
+            _, _, ids, mask = generate_completions(
+                model, tokenizer, prompts, 1, max_completion_length, temperature=0
+            )
+        texts, tokens = decode_completions(tokenizer, ids, mask)
+        for row, text, its_tokens in zip(batch, texts, tokens):
+            gold = parse_number(row["answer"])
+            number = parse_number(extract_answer_from_model_output(text) or "")
+            strict = number == gold
+            lenient = strict or (number is None and last_number(text) == gold)
+            has_format = format_reward([text])[0] > 0.79
+            finished = its_tokens[-1] in ends
+            counts += torch.tensor([strict, lenient, has_format, finished, len(its_tokens)])
+        progress.update(len(batch))
+    progress.close()
+    counts = sum_over_processes(counts, model.device).tolist()
+    strict, lenient, has_format, finished, length = counts
+    n = len(rows)
+    low, high = wilson_interval(strict, n)
+    return {
+        "examples": n, "strict": strict / n, "strict_low": low, "strict_high": high,
+        "lenient": lenient / n, "format": has_format / n, "finished_fraction": finished / n,
+        "mean_length": length / n,
+    }
+
+
+# ==================================================================================================
+# 10. Settings
+#
+# Each has its flag on the command line: num_steps is --num-steps. The tutorial whose task and
+# rewards these are (A. Burkov, github.com/aburkov/theLMbook, GRPO from scratch on several GPUs)
+# gives 1 iteration, 500 steps, 12 completions, 400 tokens, β 0.04, µ 1, and one prompt for each of
+# 8 GPUs. Different here are
+#
+#     ε 0.2 instead of 0.1: that of PPO's paper (arXiv 1707.06347)
+#     learning rate 2e-6 instead of 5e-6: its weights are bfloat16 and lose small updates, these are
+#         float32 (section 11). On this model and task 1.7e-5 on bfloat16 does about what 6e-6 does
+#         on float32 (github.com/areal-project/AReaL, pull request 1634): a third.
+#     gradient norm 1 instead of 0.1: AdamW does not mind the scale, only how often it changes
+
+
+REWARDS, SUPERVISION = ("combined", "correctness", "format"), ("outcome", "process")
+
+
+def setting(default, text, **argparse_options):
+    """A field of Settings with the help line of its flag."""
+    return field(default=default, metadata={"help": text, **argparse_options})
+
+
+@dataclass
+class Settings:
+    model: str = setting("Qwen/Qwen2.5-1.5B-Instruct", "hub name or local folder")
+    train_file: str | None = setting(None, "JSONL to train on; default: openai/gsm8k from the hub")
+    eval_file: str | None = setting(
+        None, "JSONL to evaluate on; default: GSM8K's test split, or a tenth of --train-file"
+    )
+    output_dir: str = setting("runs/gsm8k", "folder for metrics, checkpoints, final model")
+    # the algorithm
+    num_iterations: int = setting(1, "times that the reference model is renewed")
+    num_steps: int = setting(500, "steps in each iteration; a step samples and learns once")
+    batch_size: int = setting(8, "prompts a step, over all processes together")
+    num_generations: int = setting(12, "completions of each prompt: the group size G")
+    max_completion_length: int = setting(400, "tokens, at most")
+    temperature: float = setting(1.0, "of the sampling and of the probabilities learned from")
+    reward: str = setting("combined", "what is rewarded", choices=REWARDS)
+    supervision: str = setting("outcome", "reward answers or steps", choices=SUPERVISION)
+    advantage: str = setting("normalized", "for outcome supervision", choices=ADVANTAGES)
+    loss_type: str = setting("grpo", "how tokens are averaged, and cispo", choices=LOSS_TYPES)
+    importance_sampling_level: str = setting("token", "the ratio's", choices=("token", "sequence"))
+    epsilon: float = setting(0.2, "clip range")
+    epsilon_high: float | None = setting(None, "upper clip range; default: as --epsilon")
+    beta: float = setting(0.04, "weight of the KL penalty; 0 holds no reference model")
+    mu: int = setting(1, "gradient steps on each batch of samples")
+    # the optimizer
+    learning_rate: float = setting(2e-6, "of AdamW, constant")
+    max_grad_norm: float = setting(1.0, "longer gradients are scaled down to it")
+    micro_batch_size: int = setting(8, "completions in one forward and backward pass: memory")
+    gradient_checkpointing: bool = setting(False, "less memory, about a third more computation")
+    # around it
+    eval_examples: int | None = setting(None, "how many, from the start; default all, 0 for none")
+    eval_every: int = setting(100, "steps between evaluations; 0: only before and after")
+    save_every: int = setting(50, "steps between checkpoints; the last two are kept")
+    resume: bool = setting(False, "go on from the last checkpoint in --output-dir")
+    eval_only: bool = setting(False, "evaluate the model and leave")
+    rehearsal: bool = setting(False, "the whole job in miniature, on a CPU, nothing to download")
+    seed: int = setting(0, "the same seed and machine give the same run")
+    device: str = setting("auto", "auto is cuda, if there is one", choices=("auto", "cpu", "cuda"))
+    study: bool = setting(False, "the rehearsal in seven variants, three seeds: results/gsm8k/")
+
+
+# A resumed run may change these; any other would make it another run.
+FREE_TO_CHANGE = (
+    "output_dir", "num_steps", "eval_file", "eval_examples", "eval_every", "save_every", "resume",
+    "micro_batch_size", "gradient_checkpointing", "device", "eval_only", "study",
+)
+
+
+def check_settings(settings):
+    """Raise ValueError for a setting that cannot work, naming its flag and what it may be."""
+    above_zero = 1e-30
+    for name, low, high in (
+        *((name, 1, math.inf) for name in ("num_iterations", "num_steps", "batch_size", "mu")),
+        *((name, 1, math.inf) for name in ("max_completion_length", "micro_batch_size")),
+        ("num_generations", 2, math.inf),
+        *((name, above_zero, math.inf) for name in ("temperature", "learning_rate")),
+        ("max_grad_norm", above_zero, math.inf),
+        ("epsilon", above_zero, 1),
+        ("epsilon_high", above_zero, math.inf),
+        ("beta", 0, math.inf),
+        *((name, 0, math.inf) for name in ("eval_examples", "eval_every")),
+        ("save_every", 1, math.inf),
+        ("seed", 0, 2**63),
+    ):
+        value = getattr(settings, name)
+        if value is not None and not low <= value < high:
+            least = "above 0" if low == above_zero else f"at least {low}"
+            most = "" if high == math.inf else f" and below {high}"
+            raise ValueError(f"--{name.replace('_', '-')} must be {least}{most}, not {value}")
+    for item in fields(settings):
+        choices, value = item.metadata.get("choices"), getattr(settings, item.name)
+        if choices and value not in choices:
+            flag = f"--{item.name.replace('_', '-')}"
+            raise ValueError(f"{flag} may be {', '.join(choices)}, not {value!r}")
+    if settings.reward == "format" and settings.supervision == "process":
+        raise ValueError("--supervision process rewards steps, so --reward format has no meaning")
+
+
+# ==================================================================================================
+# 11. One process or many, precision, checkpoints
+#
+# torchrun starts one process for each GPU; each samples and learns from its share of the prompts,
+# and the gradients are summed, so that together they do what one process would do with all prompts.
+#
+# (!6) Weights are float32, computed with in bfloat16 (autocast). Weights kept in bfloat16 hardly
+# learn: near 0.02 its values are 1.2e-4 apart, and AdamW's steps of about 2e-6 are rounded away.
+
+
+def get_rank():
+    """The number of this process, 0 if it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size():
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def my_share(items):
+    """This process's part of a list: consecutive items, in the order of the ranks."""
+    rank, world, n = get_rank(), get_world_size(), len(items)
+    return items[rank * n // world : (rank + 1) * n // world]
+
+
+def gather_lists(items):
+    """The lists of all processes, joined in the order of the ranks."""
+    if get_world_size() == 1:
+        return items
+    parts = [None] * get_world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def sum_over_processes(tensor, device):
+    """The sum over all processes, on the CPU."""
+    if get_world_size() > 1:
+        tensor = tensor.to(device)
+        dist.all_reduce(tensor)
+    return tensor.cpu()
+
+
+def autocast(device):
+    """bfloat16 for matrix products on a GPU, nothing on a CPU."""
+    on_gpu = torch.device(device).type == "cuda"
+    return torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext()
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message says why. What was saved before is intact."""
+
+
+def load_tokenizer(name):
+    """The tokenizer and the longest context of a model → (tokenizer, int or None)
+
+    Raises ValueError for one that cannot be loaded, or has no chat template or end token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"--model {name} can't be loaded: {str(error).strip()}") from None
+    build_prompt("?", tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"--model {name}: its tokenizer has no end token (eos_token)")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, getattr(config, "max_position_embeddings", None)
+
+
+def load_policy(name, device, gradient_checkpointing=False):
+    """The model to train, weights in float32. ValueError if it cannot be loaded or trained here."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"--model {name} can't be loaded: {str(error).strip()}") from None
+    # compute_log_probs applies the output layer itself; some models scale or cap what it gives.
+    ids = torch.arange(3, device=device).unsqueeze(0)  # [row=1 pos]
+    with torch.no_grad():
+        expected = selective_log_softmax(model(ids).logits[:, :-1], ids[:, 1:])  # [1 2]
+        ours = compute_log_probs(model, ids, torch.ones_like(ids), 2)  # [1 2]
+    if not torch.allclose(ours, expected, atol=1e-3):
+        raise ValueError(f"--model {name}: its logits are not those of its output layer alone")
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def write_atomically(folder, fill):
+    """Make `folder` appear complete or not at all: fill(temporary folder), then rename.
+
+    Raises TrainingStopped if it can't be written, a full disk say; what was there before stays.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise TrainingStopped(f"can't write {folder}: {error}") from error
+
+
+def save_checkpoint(model, optimizer, reference, step, settings):
+    """All that --resume needs, under checkpoints/; the last two are kept. Rank 0 only.
+
+    There is no random state and no data position to save: both follow from seed and step. The
+    reference is saved only when it is not the model that the run began with.
+    """
+
+    def fill(folder):
+        save_safetensors(model, str(folder / "model.safetensors"))
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        if reference is not None and step > settings.num_steps:
+            save_safetensors(reference, str(folder / "reference.safetensors"))
+        (folder / "state.json").write_text(json.dumps({"step": step, "settings": asdict(settings)}))
+
+    folder = Path(settings.output_dir) / "checkpoints"
+    write_atomically(folder / f"step-{step:06d}", fill)
+    for old in sorted(folder.glob("step-??????"))[:-2]:
+        shutil.rmtree(old)
+
+
+def find_checkpoint(settings):
+    """The newest checkpoint of the output folder → (path, step), or (None, 0).
+
+    Raises ValueError if it belongs to a run with other settings, naming them.
+    """
+    folders = sorted((Path(settings.output_dir) / "checkpoints").glob("step-??????"))
+    if not folders:
+        return None, 0
+    try:
+        state = json.loads((folders[-1] / "state.json").read_text())
+        step, theirs = int(state["step"]), dict(state["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folders[-1]} is not a checkpoint of this script ({error})") from None
+    for name, value in asdict(settings).items():
+        # With several iterations, num_steps says when the reference model is renewed.
+        free = name in FREE_TO_CHANGE and (name != "num_steps" or settings.num_iterations == 1)
+        if not free and theirs.get(name) != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{folders[-1]} was made with {flag} {theirs.get(name)}, not {value}")
+    return folders[-1], step
+
+
+def load_checkpoint(folder, model, optimizer, reference):
+    """Put a checkpoint into model, optimizer and reference. TrainingStopped if it is damaged."""
+    try:
+        load_safetensors(model, str(folder / "model.safetensors"))
+        optimizer.load_state_dict(
+            torch.load(folder / "optimizer.pt", map_location=model.device, weights_only=True)
+        )
+        if reference is not None and (folder / "reference.safetensors").exists():
+            load_safetensors(reference, str(folder / "reference.safetensors"))
+    except Exception as error:  # whatever a cut-off file makes the libraries raise
+        raise TrainingStopped(f"{folder} is damaged; without it the one before is used: {error}")
+
+
+# ==================================================================================================
+# 12. The training loop
+#
+# for every step:
+#     rollout: prompts → completions → rewards → advantages      (the policy is π_old)
+#     µ times: log-probabilities now → loss → gradient, all rows → AdamW
+#
+# What metrics.jsonl says, a line a step, and what is normal:
+#
+#     loss                 mean over the µ updates. With µ = 1 the ratios are all 1, so it is about
+#                          minus the mean advantage plus β kl: near 0 from the first step to the
+#                          last, and no measure of progress. Watch the reward.
+#     reward_mean          mean reward of this step's completions; noisy, rises over tens of steps
+#     reward_std           mean over groups of the spread within one: what there is to learn from
+#     correctness, format  the two parts of the reward, up to 2 and 0.8
+#     accuracy             share of completions with the right number in the answer tag
+#     kl                   k3 to the reference, per token, from 0 up; null if β = 0
+#     clip_fraction        share of tokens whose gradient was clipped; 0 if µ = 1
+#     grad_norm            before clipping to max_grad_norm, mean over the µ updates
+#     completion_length    tokens, mean; at max_completion_length everywhere: it does not end
+#     finished_fraction    share that ended with an end token
+#     zero_std_groups      groups whose advantages are all 0: all right, or all wrong
+#     skipped_updates      updates so far that were left out because a number was not finite
+#     tokens_per_second    completion tokens sampled, over the time of the whole step
+#     step_seconds, peak_memory_bytes, learning_rate
+
+
+@dataclass
+class Rollout:
+    """A step's samples in this process; rows are completions, groups in a row."""
+
+    input_ids: torch.Tensor  # [row prompt_pos + pos]
+    attention_mask: torch.Tensor  # [row prompt_pos + pos]
+    completion_mask: torch.Tensor  # [row pos]
+    advantages: torch.Tensor  # [row pos]
+    stats: list  # of all processes: a dict for each group
+    sample: dict  # the first group of this process, to look at
+
+
+def step_indices(step, batch_size, num_rows, seed):
+    """The rows of one step: every epoch is a new permutation, and no row is left out."""
+    indices = []
+    for k in range(step * batch_size, (step + 1) * batch_size):
+        epoch, position = divmod(k, num_rows)
+        if not indices or position == 0:
+            order = random.Random(f"{seed}, epoch {epoch}").sample(range(num_rows), num_rows)
+        indices.append(order[position])
+    return indices
+
+
+def collect_rollout(model, tokenizer, rows, settings, generator):
+    """Sample a group for each row of this process, reward it, compare it → Rollout
+
+    Rewards are exchanged, so that batch_normalized sees the whole step. → None if the logits were
+    not finite, in this process or another.
+    """
+    G = settings.num_generations
+    prompts = [build_prompt(row["question"], tokenizer) for row in rows]
+    failed = 0
+    try:
+        with autocast(model.device):
+            prompt_ids, prompt_mask, completion_ids, completion_mask = generate_completions(
+                model, tokenizer, prompts, G, settings.max_completion_length,
+                settings.temperature, generator=generator,
+            )
+    except FloatingPointError:
+        failed = 1
+    if sum_over_processes(torch.tensor(failed), model.device):  # all of them stay in step
+        return None
+    texts, tokens = decode_completions(tokenizer, completion_ids, completion_mask)
+    answers = [row["answer"] for row in rows for _ in range(G)]
+    correctness, form = correctness_reward(texts, answers), format_reward(texts)
+    rewards = {
+        "combined": [c + f for c, f in zip(correctness, form)],
+        "correctness": correctness,
+        "format": form,
+    }[settings.reward]
+    ends = get_eos_token_ids(model, tokenizer)
+    stats = [
+        {
+            "reward": rewards[i : i + G],
+            "correctness": correctness[i : i + G],
+            "format": form[i : i + G],
+            "length": [len(row) for row in tokens[i : i + G]],
+            "finished": [row[-1] in ends for row in tokens[i : i + G]],
+        }
+        for i in range(0, len(texts), G)
+    ]
+    stats = gather_lists(stats)
+    if settings.supervision == "process":
+        steps = [
+            locate_steps(step_rewards(text, answer), row, tokenizer)
+            for text, answer, row in zip(texts, answers, tokens)
+        ]
+        advantages = compute_process_advantages(steps, completion_mask, G)  # [row pos]
+    else:
+        everyone = torch.tensor([group["reward"] for group in stats])  # [batch trial]
+        mine = my_share(compute_advantages(everyone, settings.advantage))  # [batch trial]
+        advantages = mine.flatten().unsqueeze(-1).to(model.device) * completion_mask  # [row pos]
+    silent = (advantages.unflatten(0, (-1, G)) == 0).flatten(1).all(dim=1).tolist()
+    for group, is_silent in zip(stats, gather_lists(silent)):
+        group["silent"] = is_silent
+    best, worst = max(range(G), key=rewards.__getitem__), min(range(G), key=rewards.__getitem__)
+    sample = {
+        "question": rows[0]["question"],
+        "answer": rows[0]["answer"],
+        "completions": [
+            {"text": texts[i], "reward": rewards[i], "advantage": advantages[i, 0].item()}
+            for i in dict.fromkeys((best, worst))
+        ],
+    }
+    return Rollout(
+        torch.cat([prompt_ids, completion_ids], dim=1),
+        torch.cat([prompt_mask, completion_mask], dim=1),
+        completion_mask, advantages, stats, sample,
+    )
+
+
+def split_rollout(rollout, micro_batch_size, keep_all):
+    """Micro-batches of rows of like length, without the columns that are padding in all of them.
+
+    Rows without advantage have no gradient and are left out, unless keep_all (for the KL penalty).
+    → list of dicts; the longest come first, so that a lack of memory shows at once.
+    """
+    lengths = rollout.attention_mask.sum(dim=-1)  # [row]
+    teaches = (rollout.advantages != 0).any(dim=-1) | keep_all  # [row]
+    order = [i for i in lengths.argsort(descending=True).tolist() if teaches[i]]
+    prompt_length = rollout.input_ids.shape[1] - rollout.completion_mask.shape[1]
+    batches = []
+    for first in range(0, len(order), micro_batch_size):
+        rows = torch.tensor(order[first : first + micro_batch_size], device=lengths.device)
+        used = rollout.attention_mask[rows].any(dim=0).nonzero()[:, 0]  # columns in use
+        begin, end = used[0].item(), used[-1].item() + 1
+        batches.append({
+            "input_ids": rollout.input_ids[rows, begin:end],
+            "attention_mask": rollout.attention_mask[rows, begin:end],
+            "completion_mask": rollout.completion_mask[rows, : end - prompt_length],
+            "advantages": rollout.advantages[rows, : end - prompt_length],
+        })
+    return batches
+
+
+def update_policy(model, reference, optimizer, rollout, settings):
+    """µ gradient steps on one rollout → dict of what to log, the same in every process.
+
+    The loss of the step is a sum over micro-batches and processes: normalisers are those of the
+    whole step, so neither the micro-batch size nor the number of processes changes the gradient.
+    """
+    device, parameters = model.device, [p for p in model.parameters() if p.requires_grad]
+    batches = split_rollout(rollout, settings.micro_batch_size, keep_all=settings.beta > 0)
+    mine = torch.tensor([len(rollout.completion_mask), rollout.completion_mask.sum(), len(batches)])
+    rows, tokens, work = sum_over_processes(mine, device).tolist()  # of all processes
+    totals = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "grad_norm": 0.0}
+    skipped = 0
+    for update in range(settings.mu if work else 0):
+        sums = torch.zeros(3, dtype=torch.float64)  # loss, kl, clipped; the last two are by token
+        for batch in batches:
+            inputs = batch["input_ids"], batch["attention_mask"], batch["completion_mask"].shape[1]
+            with autocast(device):
+                log_probs = compute_log_probs(model, *inputs, settings.temperature)  # [row pos]
+                if update == 0:
+                    # (!7) Nothing has been updated since the sampling, so these are log π_old.
+                    batch["old"] = log_probs.detach()
+                    batch["ref"] = None
+                    if settings.beta:
+                        with torch.no_grad():
+                            batch["ref"] = compute_log_probs(
+                                reference, *inputs, settings.temperature
+                            )  # [row pos]
+            loss, metrics = grpo_loss(
+                log_probs, batch["old"], batch["ref"],
+                batch["advantages"], batch["completion_mask"],
+                epsilon=settings.epsilon, epsilon_high=settings.epsilon_high, beta=settings.beta,
+                loss_type=settings.loss_type,
+                importance_sampling_level=settings.importance_sampling_level,
+                max_completion_length=settings.max_completion_length, num_items=tokens,
+            )
+            if settings.loss_type in ("grpo", "dr_grpo"):  # means over rows: these of all
+                loss = loss * len(log_probs) / rows
+            loss.backward()
+            clipped = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
+            kl = metrics.get("kl", torch.zeros(()))
+            share = batch["completion_mask"].sum().item() / tokens
+            sums += torch.tensor([loss.item(), share * kl.item(), share * clipped.item()])
+        if get_world_size() > 1:
+            for parameter in parameters:
+                if parameter.grad is None:  # a process whose groups were all silent
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
+        loss, kl, clipped = sum_over_processes(sums, device).tolist()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
+        if math.isfinite(loss) and math.isfinite(norm):
+            optimizer.step()
+        else:
+            skipped += 1
+        optimizer.zero_grad(set_to_none=True)
+        for name, value in zip(totals, (loss, kl, clipped, norm)):
+            totals[name] += value / settings.mu
+    if not settings.beta:
+        totals["kl"] = None
+    return totals | {"skipped_updates": skipped}
+
+
+MAX_SKIPPED = 3  # updates in a row that were not finite, before the run gives up
+
+
+class StopRequest:
+    """SIGINT and SIGTERM become a flag, looked at after each step; a second one ends at once."""
+
+    def __enter__(self):
+        self.signal = 0
+        self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        """Signal handler."""
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """Appends JSON lines to the files of the output folder, at rank 0, flushed at once.
+
+    Lines of steps after `done`, left by a run that was killed after its last checkpoint, are
+    dropped: these steps are taken again.
+    """
+
+    def __init__(self, folder, done):
+        self.folder, self.writes = Path(folder), get_rank() == 0
+        if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob("*.jsonl"):
+                lines = path.read_text(encoding="utf-8").splitlines()
+                kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= done]
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text("".join(x + "\n" for x in kept), encoding="utf-8")
+                temporary.replace(path)
+
+    def write(self, name, record):
+        """One line to <name>.jsonl."""
+        if self.writes:
+            with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def load_json_lines(path):
+    """The objects of a .jsonl file of ours."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def peak_memory_bytes(device):
+    """The most memory in use so far: on a GPU that of tensors, on a CPU that of the process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def say(text):
+    """Print above the progress bar, in one process only."""
+    if get_rank() == 0:
+        tqdm.write(text)
+
+
+def mean(values):
+    """The mean of a non-empty list."""
+    return math.fsum(values) / len(values)
+
+
+def summarise_rollout(stats):
+    """What metrics.jsonl says of a step's samples, from the groups of all processes → dict"""
+
+
+    def mean_of(name):
+        return mean([x for group in stats for x in group[name]])
+
+    return {
+        "reward_mean": mean_of("reward"),
+        "reward_std": mean([statistics.stdev(group["reward"]) for group in stats]),
+        "correctness": mean_of("correctness"),
+        "format": mean_of("format"),
+        "accuracy": mean([c > 0 for group in stats for c in group["correctness"]]),
+        "completion_length": mean_of("length"),
+        "finished_fraction": mean_of("finished"),
+        "zero_std_groups": sum(group["silent"] for group in stats),
+    }
+
+
+def check_batch_size(settings, train_rows):
+    """Raise ValueError if a step cannot be filled, or not every process would get a prompt."""
+    if not get_world_size() <= settings.batch_size <= len(train_rows):
+        raise ValueError(
+            f"--batch-size {settings.batch_size} must be at least the number of processes "
+            f"({get_world_size()}) and at most the number of training rows ({len(train_rows)})"
+        )
+
+
+def take_step(model, reference, tokenizer, optimizer, rows, step, settings):
+    """Sample, reward, learn: one step on this process's rows → (record for metrics.jsonl, sample)
+
+    If the logits are not finite the sample is None and the record says so.
+    """
+    started = time.perf_counter()
+    # The random state is a function of seed, step and rank: nothing to save, nothing to restore.
+    source = random.Random(f"{settings.seed}, step {step}, rank {get_rank()}")
+    generator = torch.Generator(model.device).manual_seed(source.getrandbits(63))
+    rollout = collect_rollout(model, tokenizer, rows, settings, generator)
+    record, tokens = {"step": step, "skipped_updates": 1}, 0
+    if rollout is not None:
+        record |= update_policy(model, reference, optimizer, rollout, settings)
+        record |= summarise_rollout(rollout.stats)
+        tokens = sum(sum(group["length"]) for group in rollout.stats)
+    seconds = time.perf_counter() - started
+    record |= {
+        "learning_rate": settings.learning_rate,
+        "tokens_per_second": tokens / seconds,
+        "step_seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(model.device),
+    }
+    return record, rollout and rollout.sample
+
+
+def show_step(record, sample, settings, bar):
+    """Keep the progress bar up to date; every ten steps print a completion or two."""
+    if sample is None:
+        return say(f"step {record['step']}: logits that are not finite, nothing was learned")
+    bar.set_postfix(
+        reward=f"{record['reward_mean']:.2f}",
+        accuracy=f"{record['accuracy']:.2f}",
+        length=f"{record['completion_length']:.0f}",
+    )
+    if record["zero_std_groups"] == settings.batch_size:
+        say(f"step {record['step']}: rewards are equal within every group, nothing to learn from")
+    if record["step"] % 10 == 1:
+        say(f"\nstep {record['step']}: {sample['question']} (answer: {sample['answer']})")
+        for completion in sample["completions"]:
+            say(f"  reward {completion['reward']:.1f}: {completion['text']!r}")
+
+
+def train_with_grpo(model, tokenizer, train_rows, settings, eval_rows=()):
+    """Train the model in place; metrics and checkpoints go to settings.output_dir.
+
+    train_rows, eval_rows as load_rows gives them. → the signal that ended the training early, or 0.
+    Raises ValueError for settings that cannot work; TrainingStopped if MAX_SKIPPED steps in a
+    row were not finite, or a checkpoint can't be read or written.
+    """
+    check_settings(settings)
+    check_batch_size(settings, train_rows)
+    total = settings.num_iterations * settings.num_steps
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True
+    )
+    # (!8) A frozen copy: a reference that shares tensors would be trained too. None if β = 0.
+    reference = copy.deepcopy(model).eval().requires_grad_(False) if settings.beta else None
+    folder, done = find_checkpoint(settings) if settings.resume else (None, 0)
+    if folder:
+        load_checkpoint(folder, model, optimizer, reference)
+    log = Log(settings.output_dir, done)
+
+    def evaluate(step):
+        if eval_rows:
+            completions = settings.batch_size * settings.num_generations
+            result = evaluate_model(
+                model, tokenizer, eval_rows, settings.max_completion_length, completions
+            )
+            log.write("eval", {"step": step, **result})
+            say(f"step {step}: {describe_evaluation(result)}")
+
+    if done == 0:
+        evaluate(0)
+    model.train()
+    skipped_in_a_row = 0
+    bar = tqdm(total=total, initial=done, desc="training", disable=get_rank() > 0)
+    with bar, StopRequest() as stop:
+        for step in range(done + 1, total + 1):
+            if reference is not None and step > 1 and (step - 1) % settings.num_steps == 0:
+                reference.load_state_dict(model.state_dict())
+            indices = step_indices(step - 1, settings.batch_size, len(train_rows), settings.seed)
+            rows = [train_rows[i] for i in my_share(indices)]
+            record, sample = take_step(
+                model, reference, tokenizer, optimizer, rows, step, settings
+            )
+            log.write("metrics", record)
+            if sample:
+                log.write("samples", {"step": step, **sample})
+            bar.update()
+            show_step(record, sample, settings, bar)
+            skipped_in_a_row = skipped_in_a_row + 1 if record["skipped_updates"] else 0
+            if skipped_in_a_row == MAX_SKIPPED:
+                raise TrainingStopped(
+                    f"step {step}: the {MAX_SKIPPED} last steps had numbers that are not finite. "
+                    "The checkpoints hold the last good model; try a smaller --learning-rate"
+                )
+            if step == total or (settings.eval_every and step % settings.eval_every == 0):
+                evaluate(step)
+            stopping = int(sum_over_processes(torch.tensor(stop.signal), model.device))
+            if step == total or step % settings.save_every == 0 or stopping:
+                if get_rank() == 0:
+                    save_checkpoint(model, optimizer, reference, step, settings)
+            if stopping and step < total:
+                say(f"stopped after step {step}, all saved; --resume goes on from here")
+                return stop.signal or signal.SIGTERM
+    return 0
+
+
+def draw_curves(folder):
+    """curves.png from the metrics.jsonl and eval.jsonl of a run; needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [r for r in load_json_lines(Path(folder) / "metrics.jsonl") if "reward_mean" in r]
+    path = Path(folder) / "eval.jsonl"
+    evaluations = load_json_lines(path) if path.exists() else []
+    blue, orange, green = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito
+    plt.rcParams.update({
+        "figure.constrained_layout.use": True, "savefig.dpi": 150, "axes.titlesize": 10,
+        "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
+    })
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 3.2))
+    x = [record["step"] for record in steps]
+    left.plot(x, [record["reward_mean"] for record in steps], color=blue, label="reward")
+    for name, colour, style in (("correctness", orange, "--"), ("format", green, ":")):
+        left.plot(x, [record[name] for record in steps], style, color=colour, label=name)
+    left.set(xlabel="step", ylabel="mean over the samples", title="Reward while training", ylim=0)
+    left.legend()
+    middle.plot(x, [record["completion_length"] for record in steps], color=blue)
+    middle.set(xlabel="step", ylabel="tokens", title="Completion length, mean", ylim=0)
+    if evaluations:
+        x = [record["step"] for record in evaluations]
+        strict = [100 * record["strict"] for record in evaluations]
+        spread = [
+            [100 * (record["strict"] - record["strict_low"]) for record in evaluations],
+            [100 * (record["strict_high"] - record["strict"]) for record in evaluations],
+        ]
+        right.errorbar(x, strict, spread, color=blue, marker="o", capsize=3, label="strict, 95 %")
+        lenient = [100 * record["lenient"] for record in evaluations]
+        right.plot(x, lenient, "--", color=orange, marker="s", markersize=4, label="lenient")
+        right.legend(loc="lower right")
+    right.set(xlabel="step", ylabel="right, %", title="Held-out problems, greedy", ylim=(-2, 102))
+    figure.savefig(Path(folder) / "curves.png")
+    plt.close(figure)
+
+
+# ==================================================================================================
+# 13. The rehearsal
+#
+# The whole job in miniature: a Qwen2 of half a million random weights with a vocabulary of a few
+# hundred tokens, and word problems of one and two steps in GSM8K's format. GRPO improves what a
+# model sometimes does. A random one never answers, so it is shown demonstrations first (supervised
+# fine-tuning, SFT). They teach a bad habit: seven times in ten they stop a two-step problem after
+# one step. Greedy, the model then always stops there; sampled, it sometimes goes on, and is paid.
+#
+# The held-out problems use numbers that training never shows with that wording: a fifth of all
+# combinations, for each template. What is asked of the model is to put together known steps anew.
+
+REHEARSAL = dict(
+    output_dir="runs/rehearsal", num_steps=60, batch_size=32, num_generations=8, beta=0.0,
+    max_completion_length=48, learning_rate=1e-4, micro_batch_size=128, eval_every=20,
+    save_every=20, device="cpu",
+)
+# Operations are applied from left to right: ("…", "+*") is (a + b) · c.
+TEMPLATES = (
+    ("{n} has {a} {t} and gets {b} more. How many {t} does {n} have now?", "+"),
+    ("{n} has {a} bags with {b} {t} in each. How many {t} does {n} have?", "*"),
+    ("There were {a} {t} and then {n} took {b} of them. How many {t} are left?", "-"),
+    ("{n} has {a} {t}, finds {b} and buys {c}. How many {t} does {n} have in all?", "++"),
+    ("{n} fills {a} boxes with {b} {t} each and has {c} left over. How many {t} is that?", "*+"),
+    ("{n} has {a} red and {b} blue {t} and gives away {c}. How many {t} does {n} keep?", "+-"),
+    ("{a} old and {b} new {t} are in each of {c} boxes. How many {t} are there together?", "+*"),
+)
+NAMES, THINGS = ("Ann", "Ben", "Eva", "Tom"), ("apples", "books", "coins", "pens")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def solve(numbers, operations):
+    """[3, 4, 2], '+*' → the steps ['3 + 4 = 7', '7 * 2 = 14'] and every value on the way"""
+    steps, values = [], [numbers[0]]
+    for operation, number in zip(operations, numbers[1:]):
+        values.append(OPERATIONS[operation](values[-1], number))
+        steps.append(f"{values[-2]} {operation} {number} = {values[-1]}")
+    return steps, values
+
+
+def make_row(question, steps):
+    """A row in GSM8K's format."""
+    return {"question": question, "answer": "\n".join(steps) + "\n#### " + steps[-1].split()[-1]}
+
+
+def make_problems(seed, num_train=4000, held_out=0.2, drills=0.3):
+    """Word problems with numbers from 1 to 5 → (training rows, held-out rows)
+
+    Each template's combinations of numbers are split between the two. Three training rows in ten
+    are drills, "What is 7 * 2?", for every single step that a problem may need.
+    """
+    rng = random.Random(f"problems {seed}")
+
+    def word_problem(text, operations, numbers):
+        words = {"n": rng.choice(NAMES), "t": rng.choice(THINGS)} | dict(zip("abc", numbers))
+        return make_row(text.format(**words), solve(numbers, operations)[0])
+
+    known, unknown, facts = [], [], set()
+    for text, operations in TEMPLATES:
+        combinations = [
+            numbers
+            for numbers in itertools.product(range(1, 6), repeat=len(operations) + 1)
+            if min(solve(numbers, operations)[1]) >= 0
+        ]
+        facts |= {step for numbers in combinations for step in solve(numbers, operations)[0]}
+        rng.shuffle(combinations)
+        cut = round(held_out * len(combinations))
+        unknown += [(text, operations, numbers) for numbers in combinations[:cut]]
+        known.append([(text, operations, numbers) for numbers in combinations[cut:]])
+    facts = sorted(facts)
+    train = []
+    for _ in range(num_train):
+        if rng.random() < drills:
+            fact = rng.choice(facts)
+            train.append(make_row(f"What is {fact.partition(' =')[0]}?", [fact]))
+        else:
+            train.append(word_problem(*rng.choice(rng.choice(known))))
+    return train, [word_problem(*problem) for problem in unknown for _ in range(2)]
+
+
+def make_tokenizer(rows):
+    """Qwen2's own kind of tokenizer (byte-level BPE), trained on the problems: a token a word.
+
+    The tags are tokens of their own, and so is the system prompt, which is the same everywhere.
+    """
+    texts = [row["question"] for row in rows] + [demonstrate(row) for row in rows]
+    tokenizer = Qwen2Tokenizer(eos_token="<|im_end|>").train_new_from_iterator(
+        [*texts, "system\nuser\nassistant\n"], vocab_size=1000,
+        new_special_tokens=["<|im_start|>"], show_progress=False,
+    )
+    tokenizer.add_tokens(["<reasoning>", "</reasoning>", "<answer>", "</answer>", SYSTEM_PROMPT])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def demonstrate(row, keep_steps=None, tags=True):
+    """The completion that a row's worked answer makes, of all its steps or the first keep_steps."""
+    steps = row["answer"].partition("\n####")[0].split("\n")[:keep_steps]
+    lines = "\n".join(steps)
+    reasoning = f"<reasoning>\n{lines}\n</reasoning>\n" if tags else f"{lines}\n"
+    return f"{reasoning}<answer>\n{steps[-1].split()[-1]}\n</answer>"
+
+
+def fine_tune(model, tokenizer, rows, num_steps, seed, batch_size=32, learning_rate=2e-3):
+    """Supervised fine-tuning on demonstrations, with their habits: −mean log π of their tokens.
+
+    Seven in ten two-step demonstrations stop after one step, one in five leaves out two tags. The
+    learning rate falls linearly to 0.
+    """
+    rng = random.Random(f"demonstrations {seed}")
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    for step in tqdm(range(num_steps), desc="warming up", leave=False):
+        optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / num_steps)
+        batch = rng.choices(rows, k=batch_size)
+        prompt_ids, prompt_mask = encode_prompts(
+            tokenizer, [build_prompt(row["question"], tokenizer) for row in batch]
+        )  # [row prompt_pos]
+        texts = [
+            demonstrate(row, 1 if rng.random() < 0.7 else None, rng.random() < 0.8)
+            + tokenizer.eos_token
+            for row in batch
+        ]
+        encoded = tokenizer(
+            texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt"
+        )
+        ids, mask = encoded["input_ids"], encoded["attention_mask"]  # [row pos]
+        log_probs = compute_log_probs(
+            model, torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1), ids.shape[1]
+        )  # [row pos]
+        loss = -(log_probs * mask).sum() / mask.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def make_start(folder, seed, num_steps=1500):
+    """Problems, tokenizer and warmed-up model, as files in `folder`, unless they are there.
+
+    → (model folder, training file, held-out file)
+    """
+
+    def fill(folder):
+        train, held_out = make_problems(seed)
+        for name, rows in (("train.jsonl", train), ("test.jsonl", held_out)):
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / name).write_text(text, encoding="utf-8")
+        tokenizer = make_tokenizer(train + held_out)
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(Qwen2Config(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+            max_position_embeddings=256, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ))
+        fine_tune(model, tokenizer, train, num_steps, seed)
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+
+    if get_rank() == 0 and not folder.exists():
+        say(f"making a small model and problems in {folder}")
+        write_atomically(folder, fill)
+    if get_world_size() > 1:
+        dist.barrier()
+    return folder / "model", folder / "train.jsonl", folder / "test.jsonl"
+
+
+# What the study compares: changes to the rehearsal's settings.
+VARIANTS = {
+    "GRPO as in the rehearsal": {},
+    "process supervision": {"supervision": "process"},
+    "loss type dapo": {"loss_type": "dapo"},
+    "loss type dr_grpo": {"loss_type": "dr_grpo"},
+    "loss type cispo": {"loss_type": "cispo"},
+    "control: format reward only": {"reward": "format"},
+    "control: more SFT, no GRPO": None,
+}
+STUDY_SEEDS = (0, 1, 2)
+
+
+def run_study(settings, results=Path("results/gsm8k")):
+    """Every variant from the same start, for each seed; figures, table and plot go to `results`.
+
+    Half an hour on two cores. Rows are saved as they come.
+    """
+    rows, path = [], results / "results.json"
+    results.mkdir(parents=True, exist_ok=True)
+    for seed in STUDY_SEEDS:
+        folder = Path(settings.output_dir) / f"seed-{seed}"
+        started = time.perf_counter()
+        start, train_file, test_file = make_start(folder / "start", seed)
+        start_seconds = time.perf_counter() - started
+        train_rows, test_rows = load_rows(train_file), load_rows(test_file)
+        for name, changes in VARIANTS.items():
+            say(f"\nseed {seed}, {name}")
+            (tokenizer, _), model = load_tokenizer(start), load_policy(start, "cpu")
+            its = replace(settings, seed=seed, **(changes or {}))
+            its = replace(its, output_dir=str(folder / re.sub(r"\W+", "-", name)))
+            started = time.perf_counter()
+            if changes is None:  # as many demonstrations as GRPO has completions
+                sequences = its.num_steps * its.batch_size * its.num_generations
+                before = evaluate_model(model, tokenizer, test_rows, its.max_completion_length, 256)
+                rows_to_show = load_json_lines(train_file)
+                fine_tune(model, tokenizer, rows_to_show, sequences // 32, seed + 1000)
+                after = evaluate_model(model, tokenizer, test_rows, its.max_completion_length, 256)
+                evaluations = [{"step": 0, **before}, {"step": its.num_steps, **after}]
+            else:
+                check_output_dir(its)
+                train_with_grpo(model, tokenizer, train_rows, its, test_rows)
+                evaluations = load_json_lines(Path(its.output_dir) / "eval.jsonl")
+            seconds = time.perf_counter() - started
+            rows.append({
+                "variant": name, "seed": seed, "evaluations": evaluations,
+                "start_seconds": round(start_seconds, 1), "train_seconds": round(seconds, 1),
+                "settings": asdict(its), **versions(),
+            })
+            text = ",\n".join(json.dumps(row) for row in rows)
+            path.with_suffix(".tmp").write_text(f'{{"rows": [\n{text}\n]}}\n', encoding="utf-8")
+            path.with_suffix(".tmp").replace(path)
+    table = format_study(rows)
+    text = f"# Results of grpo_gsm8k.py --study\n\n{table}\n"
+    (results / "tables.md").write_text(text, encoding="utf-8")
+    print(f"\n{table}\n\nwritten: {results}/results.json, tables.md, study.png")
+    draw_study(rows, results)
+
+
+def format_study(rows):
+    """The Markdown table of a study: mean (lowest to highest seed) of each variant."""
+    lines = [
+        "| | strict before, % | strict after, % | lenient after, % | all tags, % | tokens |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in VARIANTS:
+        runs = [row["evaluations"] for row in rows if row["variant"] == name]
+        cells = []
+        for which, metric, factor in (
+            (0, "strict", 100), (-1, "strict", 100), (-1, "lenient", 100), (-1, "format", 100),
+            (-1, "mean_length", 1),
+        ):
+            x = [factor * run[which][metric] for run in runs]
+            cells.append(f"{mean(x):.1f} ({min(x):.1f} to {max(x):.1f})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    n = rows[0]["evaluations"][0]["examples"]
+    lines.append(f"\nMean of {len(STUDY_SEEDS)} seeds (lowest to highest); {n} held-out problems.")
+    return "\n".join(lines)
+
+
+def draw_study(rows, folder):
+    """study.png: held-out accuracy of four variants by step, mean and range over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({
+        "figure.constrained_layout.use": True, "savefig.dpi": 150, "axes.titlesize": 10,
+        "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
+    })
+    figure, axis = plt.subplots(figsize=(8, 4))
+    names = list(VARIANTS)
+    for name, colour, style, marker in zip(
+        (names[0], names[1], names[5], names[6]),
+        ("#0072B2", "#009E73", "#E69F00", "#D55E00"), ("-", "--", "-.", ":"), "osD^",
+    ):
+        runs = [row["evaluations"] for row in rows if row["variant"] == name]
+        x = [record["step"] for record in runs[0]]
+        y = [[100 * run[i]["strict"] for run in runs] for i in range(len(x))]  # [step][seed]
+        axis.plot(x, [mean(v) for v in y], style, color=colour, marker=marker, label=name)
+        low, high = [min(v) for v in y], [max(v) for v in y]
+        axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+    axis.set(xlabel="step (256 completions, or as many demonstrations)", ylim=(-2, 102))
+    axis.set(ylabel="held-out problems right, greedy, %", title="Mean and range of three seeds")
+    figure.legend(loc="outside right center")
+    figure.savefig(folder / "study.png")
+    plt.close(figure)
+
+
+# ==================================================================================================
+# 14. Command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line instead of the whole usage."""
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists everything)\n")
+
+
+def make_parser():
+    """One flag for each field of Settings."""
+    parser = Parser(
+        prog="grpo_gsm8k.py",
+        description="GRPO fine-tuning of Qwen2.5-1.5B-Instruct on GSM8K.",
+        epilog="Several GPUs: torchrun --nproc-per-node=8 grpo_gsm8k.py …",
+    )
+    for item in fields(Settings):
+        text, default = item.metadata["help"], item.default
+        flag, choices = f"--{item.name.replace('_', '-')}", item.metadata.get("choices")
+        if item.type is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+            continue
+        kind = next(t for t in (*get_args(item.type), item.type) if t is not NoneType)
+        if choices:
+            text += f": {', '.join(choices)}"
+        text += "" if default is None else " (%(default)s)"
+        metavar = {int: "N", float: "X", str: "NAME" if choices else "PATH"}[kind]
+        parser.add_argument(
+            flag, type=kind, choices=choices, default=default, help=text, metavar=metavar
+        )
+    return parser
+
+
+def versions():
+    """What a result was made with."""
+    return {
+        "torch": torch.__version__, "transformers": transformers.__version__,
+        "python": platform.python_version(), "cpus": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "processes": get_world_size(),
+    }
+
+
+def choose_device(name):
+    """'auto', 'cpu' or 'cuda' → torch.device of this process. ValueError if there is no GPU."""
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "torch sees no GPU, and without one the full job takes weeks. --rehearsal runs it in "
+            "miniature; --device cpu runs it all the same"
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def check_output_dir(settings):
+    """Make the output folder. Raises ValueError if it holds another run or can't be written."""
+    folder = Path(settings.output_dir)
+    if (folder / "config.json").exists() and not settings.resume:
+        raise ValueError(
+            f"--output-dir {folder} already holds a run: --resume goes on with it, another folder "
+            "starts a new one"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "write.tmp").write_text("can this be written?")
+        (folder / "write.tmp").unlink()
+    except OSError as error:
+        raise ValueError(f"--output-dir {folder} can't be written: {error.strerror}") from None
+    if settings.resume:
+        found, step = find_checkpoint(settings)
+        say(f"resuming after step {step}" if found else f"no checkpoint in {folder}: starting anew")
+
+
+def load_data(settings, train_file, eval_file):
+    """→ (training rows, evaluation rows). Raises ValueError as load_rows does."""
+    train_rows, eval_rows = [], []
+    if not (settings.eval_only and (eval_file or not train_file)):
+        train_rows = load_rows(train_file, "train")
+    if settings.eval_examples == 0:
+        if settings.eval_only:
+            raise ValueError("--eval-only with --eval-examples 0 leaves nothing to do")
+    elif eval_file or not train_file:
+        eval_rows = load_rows(eval_file, "test")
+    else:
+        cut = len(train_rows) - min(max(len(train_rows) // 10, 1), 1319)
+        train_rows, eval_rows = train_rows[:cut], train_rows[cut:]
+        say(f"no --eval-file: the last {len(eval_rows)} rows of {train_file} are held out instead")
+    return train_rows, eval_rows[: settings.eval_examples]
+
+
+def check_lengths(tokenizer, rows, settings, context):
+    """Raise ValueError if a prompt and its completion do not fit into the model's context."""
+    if not rows or context is None:
+        return
+    prompts = [build_prompt(row["question"], tokenizer) for row in rows]
+    lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
+    longest = max(range(len(rows)), key=lengths.__getitem__)
+    if lengths[longest] + settings.max_completion_length > context:
+        raise ValueError(
+            f"a prompt of {lengths[longest]} tokens ({rows[longest]['question'][:40]!r} …) and "
+            f"--max-completion-length {settings.max_completion_length} exceed the model's context "
+            f"of {context} tokens"
+        )
+
+
+def describe_evaluation(result):
+    """One line about what evaluate_model returned."""
+    return (
+        f"{result['strict']:.1%} of {result['examples']} held-out problems right (95 % interval "
+        f"{result['strict_low']:.1%} to {result['strict_high']:.1%}), {result['lenient']:.1%} "
+        f"lenient; {result['format']:.1%} with all tags, {result['mean_length']:.0f} tokens"
+    )
+
+
+def prepare(settings, device):
+    """All that can be refused, before the model is loaded → (model, tokenizer, training rows,
+    evaluation rows). Raises ValueError."""
+    name, train_file, eval_file = settings.model, settings.train_file, settings.eval_file
+    if not settings.eval_only:
+        check_output_dir(settings)
+    if settings.rehearsal:
+        own_model = name == Settings.model
+        if own_model and (train_file or eval_file):
+            raise ValueError("--rehearsal's model knows its own problems only; add --model")
+        if own_model or not train_file:
+            start = make_start(Path(settings.output_dir) / "start", settings.seed)
+            name = start[0] if own_model else name
+            train_file, eval_file = (train_file, eval_file) if train_file else start[1:]
+    train_rows, eval_rows = load_data(settings, train_file, eval_file)
+    if not settings.eval_only:
+        check_batch_size(settings, train_rows)
+    tokenizer, context = load_tokenizer(name)
+    check_lengths(tokenizer, train_rows + eval_rows, settings, context)
+    model = load_policy(name, device, settings.gradient_checkpointing)
+    return model, tokenizer, train_rows, eval_rows
+
+
+def run(settings, model, tokenizer, train_rows, eval_rows):
+    """Train and save, or only evaluate. → exit status"""
+    if settings.eval_only:
+        result = evaluate_model(
+            model, tokenizer, eval_rows, settings.max_completion_length,
+            settings.batch_size * settings.num_generations,
+        )
+        say(describe_evaluation(result))
+        return 0
+    out = Path(settings.output_dir)
+    size = sum(p.numel() for p in model.parameters())
+    say(
+        f"{size:,} parameters on {model.device}, {get_world_size()} process(es); {len(train_rows)} "
+        f"training and {len(eval_rows)} held-out problems; a step samples {settings.batch_size} × "
+        f"{settings.num_generations} completions of at most {settings.max_completion_length} tokens"
+    )
+    if get_rank() == 0:
+        config = {"settings": asdict(settings), "parameters": size, **versions()}
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    stopped = train_with_grpo(model, tokenizer, train_rows, settings, eval_rows)
+    if stopped:
+        return 128 + stopped
+    if get_rank() == 0:
+        # In the precision that it was computed with: what was evaluated is what is saved.
+        dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
+
+        def fill(folder):
+            model.to(dtype).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+        write_atomically(out / "final", fill)
+        if importlib.util.find_spec("matplotlib"):
+            draw_curves(out)
+        else:
+            say("matplotlib is not installed, so no curves.png: pip install matplotlib")
+        evaluations = load_json_lines(out / "eval.jsonl") if eval_rows else []
+        for which, record in (("before", evaluations[:1]), ("after", evaluations[-1:])):
+            for result in record:
+                say(f"{which:6} {describe_evaluation(result)}")
+        say(f"in {out}: final/ (model and tokenizer), metrics, eval and samples.jsonl, curves.png")
+    return 0
+
+
+def main(argv=None):
+    """Run the command line. → exit status"""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.rehearsal or args.study:
+        parser.set_defaults(**REHEARSAL | ({"output_dir": "runs/study"} if args.study else {}))
+        args = parser.parse_args(argv)
+    settings = Settings(**vars(args))
+    try:
+        check_settings(settings)
+        device = choose_device(settings.device)
+        if "LOCAL_RANK" in os.environ:  # started by torchrun
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if settings.study:
+            return run_study(settings)
+        if settings.rehearsal:
+            say(f"{worked_example()}\n")
+        job = prepare(settings, device)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        return run(settings, *job)
+    except TrainingStopped as error:
+        parser.exit(1, f"grpo_gsm8k.py: {error}\n")
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
