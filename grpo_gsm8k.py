@@ -195,11 +195,11 @@ def read_number(digits):
 
 
 def parse_number(text):
-    """The number in a text that holds exactly one → Fraction, exact; None for none or several.
+    r"""The number in a text that holds exactly one → Fraction, exact; None for none or several.
 
     Reads signs, thousands commas, decimals, currency, a/b and \frac{a}{b}; ignores %, units, \boxed
     and full stops: '-$1,080.50 a year.' is −2161/2. Never raises, in time linear in the text.
-    Needs: re, itertools, fractions.Fraction, and NUMBER … read_number above.
+    Needs: re, itertools, fractions.Fraction, NUMBER, SIGNED_NUMBER, LATEX_FRACTION, read_number.
     """
     text = LATEX_FRACTION.sub(r"\1/\2", text.replace("{,}", ","))
     found = list(itertools.islice(SIGNED_NUMBER.finditer(text), 2))
@@ -227,6 +227,7 @@ def correctness_reward(completions, answers):
     """2.0 for the same text as the right answer, 1.5 for the same number, else 0 → list[float]
 
     completions, answers: lists of texts of the same length; answers as after GSM8K's '####'.
+    Needs: parse_number and extract_answer_from_model_output, with their needs.
     """
 
     def grade(given, answer):
@@ -390,6 +391,7 @@ def step_rewards(completion, answer):
     A step is a line of the reasoning with an equation that can be checked: 1.0 if all on it hold,
     else 0.0. The last step is the answer together with all that is left, the end token too: it ends
     where the completion does; its reward is the correctness reward scaled to 0 … 1.
+    Needs: all of sections 2 and 3.
     """
     begin = completion.find("<reasoning>")
     begin = 0 if begin < 0 else begin + len("<reasoning>")
@@ -519,6 +521,7 @@ def generate_completions(
     for pos in range(max_completion_length):
         logits = logits.float()  # [active vocab]
         if not torch.isfinite(logits).all():
+            model.train(was_training)
             raise FloatingPointError("the model's logits are not finite")
         if temperature == 0:
             token = logits.argmax(dim=-1, keepdim=True)  # [active 1]
@@ -616,8 +619,10 @@ def compute_advantages(rewards, mode="normalized"):
     """One advantage for each completion.
 
     rewards float[batch num_generations] → the same shape. Raises ValueError for an unknown mode,
-    another shape, or groups of one. Needs: torch.
+    another shape, or groups of one. Needs: torch, ADVANTAGES.
     """
+    if mode not in ADVANTAGES:
+        raise ValueError(f"mode {mode!r} is unknown; it may be {', '.join(ADVANTAGES)}")
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(
             "rewards must be [batch num_generations] with num_generations at least 2, "
@@ -634,11 +639,7 @@ def compute_advantages(rewards, mode="normalized"):
         return centered / (rewards.std(dim=-1, keepdim=True) + 1e-4)
     if mode == "leave_one_out":
         return centered * rewards.shape[1] / (rewards.shape[1] - 1)
-    if mode == "batch_normalized":
-        return centered / (rewards.std() + 1e-4)
-    raise ValueError(
-        f"mode {mode!r} is unknown; it may be normalized, centered, leave_one_out, batch_normalized"
-    )
+    return centered / (rewards.std() + 1e-4)
 
 
 def compute_process_advantages(step_rewards, completion_mask, num_generations=None):
@@ -695,7 +696,7 @@ def compute_process_advantages(step_rewards, completion_mask, num_generations=No
 #     dr_grpo   Σ ℓ / (rows · max_completion_length)  the same, by a constant (2503.20783)
 #     cispo     as dapo
 
-LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "cispo")
+LOSS_TYPES, LEVELS = ("grpo", "dapo", "dr_grpo", "cispo"), ("token", "sequence")
 
 
 def grpo_loss(
@@ -711,11 +712,11 @@ def grpo_loss(
     by in dapo and cispo if these rows are only a part of the step; None: those of completion_mask.
     The metrics are means over the tokens: kl (k3; only if beta is not 0), ratio, and the shares
     clip_fraction_low and clip_fraction_high whose gradient the clip has cut.
-    Raises ValueError for names and shapes that do not fit. Needs: torch.
+    Raises ValueError for names and shapes that do not fit. Needs: torch, LOSS_TYPES, LEVELS.
     """
     for name, value, choices in (
-        ("loss_type", loss_type, ("grpo", "dapo", "dr_grpo", "cispo")),
-        ("importance_sampling_level", importance_sampling_level, ("token", "sequence")),
+        ("loss_type", loss_type, LOSS_TYPES),
+        ("importance_sampling_level", importance_sampling_level, LEVELS),
     ):
         if value not in choices:
             raise ValueError(f"{name} {value!r} is unknown; it may be {', '.join(choices)}")
@@ -927,7 +928,7 @@ class Settings:
     supervision: str = setting("outcome", "reward answers or steps", choices=SUPERVISION)
     advantage: str = setting("normalized", "for outcome supervision", choices=ADVANTAGES)
     loss_type: str = setting("grpo", "how tokens are averaged, and cispo", choices=LOSS_TYPES)
-    importance_sampling_level: str = setting("token", "the ratio's", choices=("token", "sequence"))
+    importance_sampling_level: str = setting("token", "of the ratio", choices=LEVELS)
     epsilon: float = setting(0.2, "clip range")
     epsilon_high: float | None = setting(None, "upper clip range; default: as --epsilon")
     beta: float = setting(0.04, "weight of the KL penalty; 0 holds no reference model")
@@ -1073,6 +1074,33 @@ def load_policy(name, device, gradient_checkpointing=False):
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def estimate_memory(config, parameters, settings, row_tokens, vocab_chunk=1024):
+    """Bytes that training needs on one GPU, by part, and the "peak" → dict
+
+    config: of a Qwen2-like model; parameters: how many; row_tokens: the longest prompt and
+    completion together. Counted are tensors that are held; what operators use for a moment, and the
+    allocator's gaps, come on top: some gigabytes.
+    """
+    h, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    kv = config.num_key_value_heads * h // config.num_attention_heads
+    # Kept for the backward pass, a token and layer: the two norms (float32), the inputs of the
+    # matrix products, attention with its keys and values for every head, the gated product.
+    layer = 36 * h + 2 * kv + 8 * f
+    kept = 4 * h * layers + layer if settings.gradient_checkpointing else layer * layers
+    rows = settings.batch_size * settings.num_generations // get_world_size()
+    parts = {
+        "weights, gradients, AdamW": 16 * parameters,
+        "reference model": 4 * parameters if settings.beta else 0,
+        "bfloat16 copy": 2 * parameters,
+        "activations": settings.micro_batch_size * row_tokens * kept,
+        "logits of a chunk": (16 * vocab_chunk + 6 * h) * config.vocab_size,  # and the head's gradient
+        "KV cache": rows * row_tokens * layers * 4 * kv,
+    }
+    held = sum(list(parts.values())[:3])
+    learning = parts["activations"] + parts["logits of a chunk"]
+    return parts | {"peak": held + max(learning, parts["KV cache"])}
 
 
 def write_atomically(folder, fill):
@@ -1419,24 +1447,19 @@ def say(text):
         tqdm.write(text)
 
 
-def mean(values):
-    """The mean of a non-empty list."""
-    return math.fsum(values) / len(values)
-
-
 def summarise_rollout(stats):
     """What metrics.jsonl says of a step's samples, from the groups of all processes → dict"""
 
 
     def mean_of(name):
-        return mean([x for group in stats for x in group[name]])
+        return statistics.fmean([x for group in stats for x in group[name]])
 
     return {
         "reward_mean": mean_of("reward"),
-        "reward_std": mean([statistics.stdev(group["reward"]) for group in stats]),
+        "reward_std": statistics.fmean([statistics.stdev(group["reward"]) for group in stats]),
         "correctness": mean_of("correctness"),
         "format": mean_of("format"),
-        "accuracy": mean([c > 0 for group in stats for c in group["correctness"]]),
+        "accuracy": statistics.fmean([c > 0 for group in stats for c in group["correctness"]]),
         "completion_length": mean_of("length"),
         "finished_fraction": mean_of("finished"),
         "zero_std_groups": sum(group["silent"] for group in stats),
@@ -1843,7 +1866,7 @@ def format_study(rows):
             (-1, "mean_length", 1),
         ):
             x = [factor * run[which][metric] for run in runs]
-            cells.append(f"{mean(x):.1f} ({min(x):.1f} to {max(x):.1f})")
+            cells.append(f"{statistics.fmean(x):.1f} ({min(x):.1f} to {max(x):.1f})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     n = rows[0]["evaluations"][0]["examples"]
     lines.append(f"\nMean of {len(STUDY_SEEDS)} seeds (lowest to highest); {n} held-out problems.")
@@ -1870,7 +1893,7 @@ def draw_study(rows, folder):
         runs = [row["evaluations"] for row in rows if row["variant"] == name]
         x = [record["step"] for record in runs[0]]
         y = [[100 * run[i]["strict"] for run in runs] for i in range(len(x))]  # [step][seed]
-        axis.plot(x, [mean(v) for v in y], style, color=colour, marker=marker, label=name)
+        axis.plot(x, [statistics.fmean(v) for v in y], style, color=colour, marker=marker, label=name)
         low, high = [min(v) for v in y], [max(v) for v in y]
         axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
     axis.set(xlabel="step (256 completions, or as many demonstrations)", ylim=(-2, 102))
