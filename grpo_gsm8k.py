@@ -2,38 +2,40 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "torch>=2.6,<2.14", "tqdm", "transformers>=5,<6", "datasets", "safetensors", "matplotlib>=3.7",
+#     "torch>=2.6,<2.14", "tqdm", "transformers>=5,<6", "datasets", "safetensors",
+#     "matplotlib>=3.7",
 # ]
 # ///
 """GRPO fine-tuning of Qwen2.5-1.5B-Instruct on GSM8K, whole and in one file.
 
-The model reads a word problem, writes its reasoning and an answer in a fixed format, a few times
+The model reads a word problem, writes its reasoning and an answer in a fixed format, several times
 over, and is told of each whether the answer was right. From that alone it learns. This file holds
-all that happens in between, in the order in which it happens: rewards, sampling, log-probabilities,
-advantages, loss, evaluation, the loop. transformers provides model and tokenizer, nothing else.
-grpo_sort.py explains the same algorithm on a task that fits on a page; read it first if the terms
-are new. What it calls deltas are advantages here, as in the papers on language models.
+everything that happens in between: rewards, sampling, log-probabilities, advantages, loss, and the
+loop (section 12) that puts them in order. transformers provides model and tokenizer.
+grpo_sort.py explains the same algorithm on a task that fits on a page; read it first if the words
+are new. In short: the policy π is the model in training, π_old the model that sampled, π_ref a
+frozen copy of the model at the start; a group is the completions of one prompt; the advantage Â
+says how much better a completion was than its group (grpo_sort.py calls it delta).
 
     python grpo_gsm8k.py --rehearsal             all of it in miniature: a CPU, minutes, no download
     python grpo_gsm8k.py                         the full job on one GPU of 80 GB
-    torchrun --nproc-per-node=8 grpo_gsm8k.py    the same on eight, with the same gradients
+    torchrun --nproc-per-node=8 grpo_gsm8k.py    the same on eight
     python grpo_gsm8k.py --eval-only --model DIR --eval-file test.jsonl
     python grpo_gsm8k.py --help                  every setting
 
-    1 data, prompts       5 log-probabilities    9 evaluation               13 rehearsal, study
-    2 outcome rewards     6 advantages          10 settings                 14 command line
-    3 step rewards        7 loss                11 processes, checkpoints
+    1 data, prompts       5 log-probabilities    9 settings                 13 rehearsal, study
+    2 outcome rewards     6 advantages          10 processes, checkpoints   14 command line
+    3 step rewards        7 loss                11 evaluation
     4 sampling            8 worked example      12 training loop
 
 Shapes are written [row pos]: a row is one completion, pos counts tokens. `batch` prompts with
-`trial` = num_generations completions each (a group, G of them) make batch·trial rows, those of a
-group one behind the other; `vocab` is the vocabulary, `dim` the model's width. Lines that are easy
-to get wrong carry a number, (!1) to (!8): the README lists them and test_grpo.py guards each.
+`trial` = num_generations completions each make batch·trial rows, those of a group one behind the
+other; `vocab` is the vocabulary, `dim` the model's width. → means "returns". Lines that are easy to
+get wrong carry a number, (!1) to (!8): the README lists them and test_grpo.py guards each.
 Functions whose docstring says "Needs:" can be copied with no more than what it names.
 
-Where this differs from the GRPO paper (arXiv 2402.03300): rewards come from rules, not from a
-trained model; so do the step rewards of process supervision; no reward model is trained again
-between iterations.
+Where this differs from the GRPO paper (arXiv 2402.03300): rewards, also those of single steps of
+the reasoning, come from rules and not from a trained model.
 """
 
 import argparse
@@ -73,6 +75,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
@@ -173,8 +176,9 @@ def build_prompt(question, tokenizer):
 #
 #     combined = correctness (2.0 same text, 1.5 same number, else 0) + format (4 tags, 0.2 each)
 #
-# The format term gives the first hold: a model that never writes the tags would never be right.
-# It is small, so that it pays to be right; experiments in results/gsm8k show what it does alone.
+# The format term is a foothold: a model that never writes the tags would never be right. It is
+# small, so that it pays to be right; "control: format reward only" in results/gsm8k/ shows what it
+# does alone. The same text earns more than the same number, so that the bare number is learned.
 
 # Digits, commas and points that begin and end as a number does; read_number judges what is inside.
 NUMBER = r"(?:(?<!\.)\.)?[0-9](?:[0-9.,]*[0-9])?"
@@ -187,7 +191,8 @@ LATEX_FRACTION = re.compile(r"(?<![0-9])\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 
 
 def read_number(digits):
-    """'1,234.50' → Fraction(2469, 2); None for misplaced commas, two points, over 40 characters."""
+    """'1,234.50' → Fraction(2469, 2); None for misplaced commas, two points, or over 40 characters
+    (nobody's answer, and arithmetic with such numbers would take long)."""
     valid = r"([0-9]+|[0-9]{1,3}(,[0-9]{3})+)?(\.[0-9]+)?"
     if len(digits) > 40 or not re.fullmatch(valid, digits):
         return None
@@ -227,7 +232,7 @@ def correctness_reward(completions, answers):
     """2.0 for the same text as the right answer, 1.5 for the same number, else 0 → list[float]
 
     completions, answers: lists of texts of the same length; answers as after GSM8K's '####'.
-    Needs: parse_number and extract_answer_from_model_output, with their needs.
+    Needs: extract_answer_from_model_output, parse_number.
     """
 
     def grade(given, answer):
@@ -256,6 +261,8 @@ def combined_reward(completions, answers):
 # ==================================================================================================
 # 3. Step rewards (process supervision)
 #
+# Only for --supervision process; a first reading can skip to section 4.
+#
 # An outcome reward blames or praises every token alike. Process supervision (arXiv 2402.03300,
 # section 4.1.3) rewards each step of the reasoning. There it took a trained reward model; here a
 # step is a line with an equation, and arithmetic can be checked:
@@ -268,7 +275,7 @@ def combined_reward(completions, answers):
 # and "1/12 = 2" would be wrong: such a line is left alone, for a wrong verdict teaches the wrong
 # thing. What the check cannot see is whether a true equation was of any use.
 #
-# Text → tokens → for each "=", the longest run of arithmetic that touches it on either side.
+# How: text → tokens → for each "=", the longest run of arithmetic that touches it on either side.
 
 TOKEN = re.compile(
     rf"(?P<number>{NUMBER})|(?P<bullet>^\s*[-*•]\s|\*\*)|(?P<over>//|÷|\\div\b)"
@@ -282,7 +289,10 @@ SAME = {"times": "*", "over": "/", "minus": "-", "approx": "="}
 
 
 def tokenize_arithmetic(text):
-    """'48/2 = 24 clips' → [(48, 0), '/', (2, 0), '=', (24, 0), 'word'], numbers with decimals"""
+    """'48/2 = 24 clips' → [(48, 0), '/', (2, 0), '=', (24, 0), 'word'], numbers with decimals
+
+    Needs: re, NUMBER, TOKEN, SAME, read_number.
+    """
     tokens = []
     for match in TOKEN.finditer(text):
         kind, piece = match.lastgroup, match.group()
@@ -298,6 +308,7 @@ def evaluate_arithmetic(tokens):
     """The value of [number, '+', '(', …] → Fraction, or None if it is no expression.
 
     The shunting-yard algorithm (Dijkstra 1961): two stacks, so no nesting is too deep for it.
+    Needs: fractions.Fraction, operator's add, mul, sub, truediv, OPERATIONS.
     """
     rank = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "sign+": 3, "sign-": 3}
     values, waiting, value_next = [], [], True
@@ -342,6 +353,7 @@ def judge_equation(left, right):
 
     A number standing alone may be rounded to the decimals that it shows: 100/3 = 33.3 holds. A
     percent sign may mean a hundredth (20% * 50 = 10) or be a unit (5/20*100 = 25%).
+    Needs: fractions.Fraction, evaluate_arithmetic.
     """
     alone = [side[0] for side in (left, right) if len(side) == 1 and isinstance(side[0], tuple)]
     rounding = [Fraction(1, 2 * 10**decimals) for _, decimals in alone]
@@ -359,6 +371,7 @@ def check_equations(text, annotation=False):
 
     a = b = c are two equations. Number = number is one only behind arithmetic (2*3 = 6 = 7) and in
     a calculator annotation: "$1 = 100 cents" is no mistake.
+    Needs: re, LATEX_FRACTION, tokenize_arithmetic, judge_equation.
     """
     segments = [[]]
     for token in tokenize_arithmetic(LATEX_FRACTION.sub(r"(\1)/(\2)", text)):
@@ -373,11 +386,13 @@ def check_equations(text, annotation=False):
         left, right = before[start:], behind[:stop]
         if right[-1:] == ["/"] and stop < len(behind):  # = $8/hour
             right.pop()
-        # A word, then an operator or a lone number: the left side began before the word.
-        cut = start > 0 and (len(left) == 1 or left[:1] in (["+"], ["-"], ["*"], ["/"], ["%"]))
-        arithmetic = annotation or (chained and start == 0) or max(len(left), len(right)) > 1
+        # The left side began before the word: "cups * 1/12 = 2", "Week 2 = 35 + 35".
+        lone = sum(token != "%" for token in left) == 1
+        cut = start > 0 and (lone or left[:1] in (["+"], ["-"], ["*"], ["/"], ["%"]))
+        size = max(sum(token != "%" for token in side) for side in (left, right))  # 50% is a number
+        arithmetic = annotation or (chained and start == 0) or size > 1
         verdict = None
-        if arithmetic and not cut and len(left) + len(right) <= 400:
+        if arithmetic and not cut and len(left) + len(right) <= 400:  # long ones are no arithmetic
             verdict = judge_equation(left, right)
         chained = verdict is not None
         if chained:
@@ -389,9 +404,10 @@ def step_rewards(completion, answer):
     """Where each step of a completion ends and its reward → list[(character offset, reward)]
 
     A step is a line of the reasoning with an equation that can be checked: 1.0 if all on it hold,
-    else 0.0. The last step is the answer together with all that is left, the end token too: it ends
-    where the completion does; its reward is the correctness reward scaled to 0 … 1.
-    Needs: all of sections 2 and 3.
+    else 0.0. The last step is the answer, with everything behind the last of these lines, so that
+    the end token is judged too: it ends where the completion does, and its reward is the
+    correctness reward scaled to 0 … 1.
+    Needs: re, ANNOTATION, check_equations, correctness_reward.
     """
     begin = completion.find("<reasoning>")
     begin = 0 if begin < 0 else begin + len("<reasoning>")
@@ -411,10 +427,9 @@ def step_rewards(completion, answer):
 def locate_steps(steps, completion_ids, tokenizer):
     """The same steps by token: (character offset, reward) → list[(end token index, reward)]
 
-    completion_ids: list of the completion's tokens, as sampled. Encoding the text again would give
-    other tokens than those that were sampled, so each end is searched for (by halving) among the
-    prefixes of what was: the first that decodes to all of the text up to that offset. The last step
-    ends with the last token.
+    completion_ids: list of the completion's tokens, as sampled. Encoding the text again may split
+    it differently, so each end is searched for, by halving: the shortest prefix of the sampled
+    tokens that decodes to all of the text up to that offset. The last step ends where they do.
     """
 
     def decode(length):
@@ -436,7 +451,7 @@ def locate_steps(steps, completion_ids, tokenizer):
 #
 # The rollout: a group of G = num_generations completions for each prompt, drawn token by token from
 #
-#     π(a | s) = softmax(logits / temperature)
+#     π(a | s) = softmax(logits / temperature)      a: the next token, s: prompt and tokens so far
 #
 # and from nothing else, because the ratios of section 7 assume exactly that. A checkpoint brings
 # habits of its own (Qwen2.5-1.5B-Instruct: top_k 20, top_p 0.8, repetition_penalty 1.1, temperature
@@ -473,11 +488,38 @@ def get_eos_token_ids(model, tokenizer):
 
 
 def encode_prompts(tokenizer, prompts):
-    """Left-padded, so that all prompts end where completions begin → ids, mask int[batch pos]"""
+    """Prompts padded on the left, so that all end where completions begin.
+
+    → ids, mask int[batch prompt_pos]
+    """
     encoded = tokenizer(
         prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
     )
     return encoded["input_ids"], encoded["attention_mask"]
+
+
+def decode_completions(tokenizer, completion_ids, completion_mask):
+    """→ (texts without special tokens, the tokens inside the mask as lists)"""
+    tokens = [row[: int(n)].tolist() for row, n in zip(completion_ids, completion_mask.sum(dim=-1))]
+    texts = tokenizer.batch_decode(
+        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return texts, tokens
+
+
+class Cache(DynamicCache):
+    """Keys and values in the precision that attention will compute with.
+
+    Under autocast the rotary embedding makes them float32, and attention would cast the whole cache
+    again for every token. Cast once, the results are the same in half the memory.
+    """
+
+    def update(self, keys, values, *args, **kwargs):
+        """Called by the model, once a layer and token."""
+        if torch.is_autocast_enabled(keys.device.type):
+            dtype = torch.get_autocast_dtype(keys.device.type)
+            keys, values = keys.to(dtype), values.to(dtype)
+        return super().update(keys, values, *args, **kwargs)
 
 
 @torch.no_grad()
@@ -491,7 +533,8 @@ def generate_completions(
     left-padded, each prompt repeated num_generations times in a row, and completion_ids,
     completion_mask int[row pos], with pos ≤ max_completion_length. The same generator state gives
     the same samples. Raises FloatingPointError if the logits are not finite.
-    Needs: torch, and create_completion_mask, encode_prompts, get_eos_token_ids above.
+    Needs: torch, torch.nn.functional as F, transformers' DynamicCache; Cache, encode_prompts,
+    create_completion_mask, get_eos_token_ids.
     """
     was_training = model.training
     # (!2) In train mode gradient checkpointing drops the KV cache, and the completions are wrong.
@@ -500,25 +543,27 @@ def generate_completions(
     eos_token_ids = eos_token_ids or get_eos_token_ids(model, tokenizer)
     ends = torch.tensor(eos_token_ids, device=device)  # [end]
     prompt_ids, prompt_mask = (x.to(device) for x in encode_prompts(tokenizer, prompts))
+    # each [batch prompt_pos]
 
-    positions = (prompt_mask.cumsum(dim=-1) - 1).clamp(min=0)  # [prompt pos]: padding not counted
+    # Read the prompts, one pass for a whole group. Positions do not count the padding.
+    positions = (prompt_mask.cumsum(dim=-1) - 1).clamp(min=0)  # [batch prompt_pos]
+    cache = Cache(config=model.config)
     output = model(
         prompt_ids, attention_mask=prompt_mask, position_ids=positions,
-        use_cache=True, logits_to_keep=1,
+        past_key_values=cache, use_cache=True, logits_to_keep=1,
     )
-    cache = output.past_key_values
-    cache.batch_repeat_interleave(num_generations)  # [prompt …] → [row …]
+    cache.batch_repeat_interleave(num_generations)  # [batch …] → [row …]
 
     def repeat(x):
         return x.repeat_interleave(num_generations, dim=0)
 
     logits = repeat(output.logits[:, -1])  # [row vocab]
     mask, position = repeat(prompt_mask), repeat(positions[:, -1:])  # [row prompt_pos], [row 1]
-    active = torch.arange(len(mask), device=device)  # the rows that go on
+    active = torch.arange(len(mask), device=device)  # [active]: the rows that have not ended
     completion_ids = torch.full(
         (len(mask), max_completion_length), tokenizer.pad_token_id, device=device
     )  # [row pos]
-    for pos in range(max_completion_length):
+    for t in range(max_completion_length):
         logits = logits.float()  # [active vocab]
         if not torch.isfinite(logits).all():
             model.train(was_training)
@@ -528,21 +573,21 @@ def generate_completions(
         else:
             probs = (logits / temperature).softmax(dim=-1)  # [active vocab]
             token = torch.multinomial(probs, 1, generator=generator)  # [active 1]
-        completion_ids[active, pos] = token[:, 0]
+        completion_ids[active, t] = token[:, 0]
         going = (~torch.isin(token[:, 0], ends)).nonzero()[:, 0]  # indices into active
-        if len(going) == 0 or pos == max_completion_length - 1:
+        if len(going) == 0 or t == max_completion_length - 1:
             break
-        if len(going) < len(active):
+        if len(going) < len(active):  # rows that have ended are dropped, from the cache too
             cache.batch_select_indices(going)
             active, mask, position, token = (x[going] for x in (active, mask, position, token))
-        mask = F.pad(mask, (0, 1), value=1)  # [active prompt_pos + pos]
+        mask = F.pad(mask, (0, 1), value=1)  # [active prompt_pos+t+1]
         position = position + 1  # [active 1]
         logits = model(
             token, attention_mask=mask, position_ids=position,
             past_key_values=cache, use_cache=True,
         ).logits[:, -1]  # [active vocab]
     model.train(was_training)
-    completion_ids = completion_ids[:, : pos + 1]  # [row pos]
+    completion_ids = completion_ids[:, : t + 1]  # [row pos]
     completion_mask = create_completion_mask(completion_ids, eos_token_ids)  # [row pos]
     return repeat(prompt_ids), repeat(prompt_mask), completion_ids, completion_mask
 
@@ -552,9 +597,10 @@ def generate_completions(
 #
 # The same log π(a_t | s, a_<t) that was sampled from, now with gradients and all positions at once.
 # Logits are the largest tensor of the whole job: one number for each of 151,936 vocabulary entries
-# and each token, in float32 0.6 MB a token, 23 GB for 96 completions of 400 tokens. But only one of
-# them per token is needed. So the output layer is applied to a chunk of tokens at a time, and
-# applied again in the backward pass rather than remembered: memory depends on the chunk only.
+# and each token, 0.6 MB a token in float32, so 2 GB for the 8 completions of a micro-batch, and
+# several times that in the backward pass. But only one number per token is needed. So the output
+# layer is applied to a chunk of tokens at a time, and applied again in the backward pass rather
+# than remembered: memory depends on the size of the chunk only.
 
 
 def selective_log_softmax(logits, ids):
@@ -602,15 +648,16 @@ def compute_log_probs(
 # ==================================================================================================
 # 6. Advantages
 #
-# How much better a completion was than the others of its group: the group's mean replaces the value
-# network of PPO. (grpo_sort.py measures the choices below on a toy and calls advantages deltas.)
+# How much better a completion was than the others of its group. PPO trains a second network to say
+# what reward was to be expected; GRPO takes the mean of the group. (grpo_sort.py compares these.)
 #
 #     normalized         (r − mean) / (std + 1e-4)     GRPO, arXiv 2402.03300, section 4.1.2
 #     centered           r − mean                      Dr. GRPO, arXiv 2503.20783
 #     leave_one_out      r − mean of the others        RLOO, arXiv 2402.14740
-#     batch_normalized   (r − mean) / (std of all rewards of the step + 1e-4)   arXiv 2508.08221
+#     batch_normalized   (r − mean) / (std of the batch's rewards + 1e-4)   arXiv 2508.08221
 #
-# A group whose rewards are all equal, all right or all wrong, has advantage 0: it teaches nothing.
+# A group whose rewards are all equal has advantages of 0 and teaches nothing: a silent group. The
+# 1e-4, as in TRL, keeps a tiny spread from being blown up.
 
 ADVANTAGES = ("normalized", "centered", "leave_one_out", "batch_normalized")
 
@@ -618,8 +665,8 @@ ADVANTAGES = ("normalized", "centered", "leave_one_out", "batch_normalized")
 def compute_advantages(rewards, mode="normalized"):
     """One advantage for each completion.
 
-    rewards float[batch num_generations] → the same shape. Raises ValueError for an unknown mode,
-    another shape, or groups of one. Needs: torch, ADVANTAGES.
+    rewards float[batch trial], a group to a line → the same shape. Raises ValueError for an unknown
+    mode, another shape, or groups of one. Needs: torch, ADVANTAGES.
     """
     if mode not in ADVANTAGES:
         raise ValueError(f"mode {mode!r} is unknown; it may be {', '.join(ADVANTAGES)}")
@@ -630,9 +677,9 @@ def compute_advantages(rewards, mode="normalized"):
         )
     rewards = rewards.float()
     mean = rewards.mean(dim=-1, keepdim=True)  # [batch 1]
-    # (!4) The float32 mean of 0.8, 0.8, 0.8 is not 0.8, and 1e-4 does not hide it: exactly 0 here.
+    # (!4) The float32 mean of equal rewards may differ from them by rounding: exactly 0 instead.
     equal = rewards.amax(dim=-1, keepdim=True) == rewards.amin(dim=-1, keepdim=True)  # [batch 1]
-    centered = (rewards - mean).masked_fill(equal, 0.0)  # [batch num_generations]
+    centered = (rewards - mean).masked_fill(equal, 0.0)  # [batch trial]
     if mode == "centered":
         return centered
     if mode == "normalized":
@@ -645,13 +692,13 @@ def compute_advantages(rewards, mode="normalized"):
 def compute_process_advantages(step_rewards, completion_mask, num_generations=None):
     """Advantages of tokens from rewards of steps: GRPO, arXiv 2402.03300, section 4.1.3.
 
-    The rewards of all steps of all completions of a group are normalised together; the advantage of
-    a token is the sum of those of its own and later steps. A completion with more steps adds more
-    terms, so here steps that hold are also worth having.
+    The rewards of all reasoning steps of a group are normalised together; the advantage of a token
+    is the sum of those of its own and later steps. Every step that holds adds a positive term, so
+    writing more of them pays too.
 
-    step_rewards: for each row the steps as (end token index, reward); completion_mask int[row pos];
-    num_generations: rows in a group, in a row; None: all are one group → float[row pos], on the
-    mask's device. Raises ValueError if the rows do not fit. Needs: torch.
+    step_rewards: for each row its steps as (end token index, reward); completion_mask int[row pos];
+    num_generations: consecutive rows that are a group, None for all → float[row pos], on the mask's
+    device. Raises ValueError if the rows do not fit. Needs: torch.
     """
     rows, size = len(completion_mask), num_generations or len(completion_mask)
     if len(step_rewards) != rows or rows % size:
@@ -663,7 +710,7 @@ def compute_process_advantages(step_rewards, completion_mask, num_generations=No
     for first in range(0, rows, size):
         group = range(first, first + size)
         rewards = [reward for row in group for _, reward in step_rewards[row]]
-        rewards = torch.tensor(rewards)  # [step]
+        rewards = torch.tensor(rewards)  # [step], of the reasoning
         if len(rewards) < 2 or rewards.max() == rewards.min():
             continue
         mean, std = rewards.mean().item(), rewards.std().item()
@@ -676,15 +723,16 @@ def compute_process_advantages(step_rewards, completion_mask, num_generations=No
 # ==================================================================================================
 # 7. The loss
 #
-# With ρ = exp(log π − log π_old), the ratio to the policy that sampled, and advantages Â, the loss
-# of a token is
+# With ρ = exp(log π − log π_old), the ratio to the policy that sampled, the loss of a token is
 #
 #     ℓ = −min(ρ Â, clip(ρ, 1 − ε, 1 + ε_high) Â) + β k3        GRPO, arXiv 2402.03300, eq. 3
 #     k3 = exp(log π_ref − log π) − (log π_ref − log π) − 1      eq. 4: KL to the reference model
 #
-# Until the policy has moved, ρ = 1 and ℓ = −Â: the value of the loss says nothing (it is 0 when all
-# completions are of one length); its gradient, −Â ∇log π, is what teaches. The clip ends the push
-# on a token that has gone far enough in its direction. cispo clips the weight of the push instead:
+# ρ matters when µ > 1 updates are made on the same samples: once it has passed 1 + ε_high with
+# Â > 0, or 1 − ε with Â < 0, the token is not pushed any further; the minimum keeps the way back
+# open. In the first update, the only one by default (µ = 1), ρ = 1 and nothing is clipped. There
+# the value of the loss says little: with loss type grpo it is minus the mean advantage, 0, plus
+# β k3. Its gradient, −Â ∇log π, is what teaches. cispo clips the weight of the push instead:
 #
 #     ℓ = −stop_gradient(min(ρ, 1 + ε_high)) Â log π             CISPO, arXiv 2506.13585, section 3
 #
@@ -692,9 +740,12 @@ def compute_process_advantages(step_rewards, completion_mask, num_generations=No
 # them (GSPO, arXiv 2507.18071, eq. 7). How the tokens of all rows are averaged is its own choice:
 #
 #     grpo      mean over rows of each row's mean     a token of a long completion counts less
-#     dapo      Σ ℓ / all tokens of the step          every token counts the same (2503.14476)
-#     dr_grpo   Σ ℓ / (rows · max_completion_length)  the same, by a constant (2503.20783)
+#     dapo      Σ ℓ / all tokens of the batch         every token counts the same (2503.14476)
+#     dr_grpo   Σ ℓ / (rows · max_completion_length)  the same, over a constant (2503.20783)
 #     cispo     as dapo
+#
+# k3 is one of three estimators (grpo_sort.py, section 8). A batch may reach the loss in parts
+# (micro-batches, processes); whoever adds them up has to divide by the totals of all parts.
 
 LOSS_TYPES, LEVELS = ("grpo", "dapo", "dr_grpo", "cispo"), ("token", "sequence")
 
@@ -709,7 +760,7 @@ def grpo_loss(
     log_probs, old_log_probs, ref_log_probs float[row pos] (the last may be None if beta is 0);
     advantages float[row] or [row pos]; completion_mask [row pos]. epsilon_high None: epsilon.
     max_completion_length is dr_grpo's constant; num_items the number of completion tokens to divide
-    by in dapo and cispo if these rows are only a part of the step; None: those of completion_mask.
+    by in dapo and cispo if these rows are only part of a batch; None: those of completion_mask.
     The metrics are means over the tokens: kl (k3; only if beta is not 0), ratio, and the shares
     clip_fraction_low and clip_fraction_high whose gradient the clip has cut.
     Raises ValueError for names and shapes that do not fit. Needs: torch, LOSS_TYPES, LEVELS.
@@ -746,10 +797,10 @@ def grpo_loss(
         log_ratio = log_ratio.sum(dim=-1, keepdim=True) / row_tokens  # [row 1]
     ratio = log_ratio.exp()  # [row pos] or [row 1]
     if loss_type == "cispo":
-        weight = ratio.detach().clamp(max=1 + epsilon_high)
+        weight = ratio.detach().clamp(max=1 + epsilon_high)  # [row pos] or [row 1]
         token_loss = -weight * advantages * log_probs.masked_fill(padding, 0)  # [row pos]
     else:
-        clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
+        clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)  # [row pos] or [row 1]
         token_loss = -torch.minimum(ratio * advantages, clipped * advantages)  # [row pos]
     metrics = {}
     if beta:
@@ -766,8 +817,7 @@ def grpo_loss(
     else:
         loss = token_loss.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
 
-    high = ratio > 1 + epsilon_high
-    low = ratio < 1 - epsilon
+    high, low = ratio > 1 + epsilon_high, ratio < 1 - epsilon  # [row pos] or [row 1]
     if loss_type == "cispo":  # clips the weight whatever the advantage, and at the top only
         low = torch.zeros_like(low)
     else:
@@ -813,93 +863,21 @@ def worked_example():
 
 
 # ==================================================================================================
-# 9. Evaluation
-#
-# Greedy, one completion a question, on problems that were not trained on. Two accuracies, because a
-# model can know the answer and not the format: strict wants the right number in the answer tag,
-# lenient takes the last number of the text where the tag has none. What training gains is often
-# strict alone: format, not arithmetic. And n questions are a sample, so an interval belongs to it.
-
-
-def wilson_interval(successes, n, z=1.959964):
-    """The 95 % confidence interval of a rate (Wilson 1927) → (low, high); needs: math."""
-    rate, centre = successes / n, (successes + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * math.sqrt(n * rate * (1 - rate) + z * z / 4)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def decode_completions(tokenizer, completion_ids, completion_mask):
-    """→ (texts without special tokens, the tokens inside the mask as lists)"""
-    tokens = [row[: int(n)].tolist() for row, n in zip(completion_ids, completion_mask.sum(dim=-1))]
-    texts = tokenizer.batch_decode(
-        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return texts, tokens
-
-
-def last_number(text):
-    """The last number of a text, as parse_number reads it → Fraction or None"""
-    pieces = [match.group() for match in SIGNED_NUMBER.finditer(text)]
-    return parse_number(pieces[-1]) if pieces else None
-
-
-def evaluate_model(model, tokenizer, rows, max_completion_length=400, batch_size=64):
-    """Greedy accuracy on rows as load_rows gives them, shared out over the processes.
-
-    → dict: examples, strict and its interval strict_low, strict_high, lenient, format (share with
-    all four tags), finished_fraction (share that ended by itself), mean_length (tokens). Raises
-    ValueError if there are no rows.
-    """
-    if not rows:
-        raise ValueError("evaluate_model needs at least one row")
-    ends = get_eos_token_ids(model, tokenizer)
-    # Prompts of like length together: less padding.
-    mine = sorted(rows[get_rank() :: get_world_size()], key=lambda row: len(row["question"]))
-    counts = torch.zeros(5, dtype=torch.float64)  # strict, lenient, format, finished, tokens
-    progress = tqdm(total=len(mine), desc="evaluating", leave=False, disable=get_rank() > 0)
-    for first in range(0, len(mine), batch_size):
-        batch = mine[first : first + batch_size]
-        prompts = [build_prompt(row["question"], tokenizer) for row in batch]
-        with autocast(model.device):
-            _, _, ids, mask = generate_completions(
-                model, tokenizer, prompts, 1, max_completion_length, temperature=0
-            )
-        texts, tokens = decode_completions(tokenizer, ids, mask)
-        for row, text, its_tokens in zip(batch, texts, tokens):
-            gold = parse_number(row["answer"])
-            number = parse_number(extract_answer_from_model_output(text) or "")
-            strict = number == gold
-            lenient = strict or (number is None and last_number(text) == gold)
-            has_format = format_reward([text])[0] > 0.79
-            finished = its_tokens[-1] in ends
-            counts += torch.tensor([strict, lenient, has_format, finished, len(its_tokens)])
-        progress.update(len(batch))
-    progress.close()
-    counts = sum_over_processes(counts, model.device).tolist()
-    strict, lenient, has_format, finished, length = counts
-    n = len(rows)
-    low, high = wilson_interval(strict, n)
-    return {
-        "examples": n, "strict": strict / n, "strict_low": low, "strict_high": high,
-        "lenient": lenient / n, "format": has_format / n, "finished_fraction": finished / n,
-        "mean_length": length / n,
-    }
-
-
-# ==================================================================================================
-# 10. Settings
+# 9. Settings
 #
 # Each has its flag on the command line: num_steps is --num-steps. The tutorial whose task and
 # rewards these are (A. Burkov, github.com/aburkov/theLMbook, GRPO from scratch on several GPUs)
-# gives 1 iteration, 500 steps, 12 completions, 400 tokens, β 0.04, µ 1, and one prompt for each of
-# 8 GPUs. Different here are
+# gives 1 iteration, 500 steps of 7 prompts (on 8 GPUs), 12 completions, 400 tokens, β 0.04, µ 1.
+# Different here are
 #
+#     8 prompts, which 2, 4 and 8 GPUs can share evenly
 #     ε 0.2 instead of 0.1: that of PPO's paper (arXiv 1707.06347)
-#     learning rate 2e-6 instead of 5e-6: its weights are bfloat16 and lose small updates, these are
-#         float32 (section 11). On this model and task 1.7e-5 on bfloat16 does about what 6e-6 does
-#         on float32 (github.com/areal-project/AReaL, pull request 1634): a third.
-#     gradient norm 1 instead of 0.1: AdamW does not mind the scale, only how often it changes
-
+#     learning rate 2e-6 instead of 5e-6. The tutorial keeps weights in bfloat16, which rounds small
+#         updates away and so needs larger ones; here they are float32 (section 10). On this model
+#         and task 6e-6 on float32 does about what 1.7e-5 does on bfloat16, a third
+#         (github.com/areal-project/AReaL, pull request 1634).
+#     gradient norm 1 instead of 0.1: AdamW divides out a constant scale; a bound that nearly every
+#         step exceeds would give each step another.
 
 REWARDS, SUPERVISION = ("combined", "correctness", "format"), ("outcome", "process")
 
@@ -918,48 +896,48 @@ class Settings:
     )
     output_dir: str = setting("runs/gsm8k", "folder for metrics, checkpoints, final model")
     # the algorithm
-    num_iterations: int = setting(1, "times that the reference model is renewed")
-    num_steps: int = setting(500, "steps in each iteration; a step samples and learns once")
+    num_iterations: int = setting(1, "rounds of --num-steps; each renews the reference model")
+    num_steps: int = setting(500, "steps a round; each samples once, then makes --mu updates")
     batch_size: int = setting(8, "prompts a step, over all processes together")
     num_generations: int = setting(12, "completions of each prompt: the group size G")
     max_completion_length: int = setting(400, "tokens, at most")
     temperature: float = setting(1.0, "of the sampling and of the probabilities learned from")
-    reward: str = setting("combined", "what is rewarded", choices=REWARDS)
-    supervision: str = setting("outcome", "reward answers or steps", choices=SUPERVISION)
+    reward: str = setting("combined", "for outcome supervision", choices=REWARDS)
+    supervision: str = setting("outcome", "reward the answer, or steps", choices=SUPERVISION)
     advantage: str = setting("normalized", "for outcome supervision", choices=ADVANTAGES)
     loss_type: str = setting("grpo", "how tokens are averaged, and cispo", choices=LOSS_TYPES)
     importance_sampling_level: str = setting("token", "of the ratio", choices=LEVELS)
-    epsilon: float = setting(0.2, "clip range")
+    epsilon: float = setting(0.2, "ε: clip range")
     epsilon_high: float | None = setting(None, "upper clip range; default: as --epsilon")
-    beta: float = setting(0.04, "weight of the KL penalty; 0 holds no reference model")
-    mu: int = setting(1, "gradient steps on each batch of samples")
+    beta: float = setting(0.04, "β: weight of the KL penalty; 0 holds no reference model")
+    mu: int = setting(1, "µ: updates on the same samples")
     # the optimizer
     learning_rate: float = setting(2e-6, "of AdamW, constant")
     max_grad_norm: float = setting(1.0, "longer gradients are scaled down to it")
     micro_batch_size: int = setting(8, "completions in one forward and backward pass: memory")
     gradient_checkpointing: bool = setting(False, "less memory, about a third more computation")
     # around it
-    eval_examples: int | None = setting(None, "how many, from the start; default all, 0 for none")
+    eval_examples: int | None = setting(None, "evaluate the first N rows only; 0: none")
     eval_every: int = setting(100, "steps between evaluations; 0: only before and after")
     save_every: int = setting(50, "steps between checkpoints; the last two are kept")
     resume: bool = setting(False, "go on from the last checkpoint in --output-dir")
     eval_only: bool = setting(False, "evaluate the model and leave")
     rehearsal: bool = setting(False, "the whole job in miniature, on a CPU, nothing to download")
-    seed: int = setting(0, "the same seed and machine give the same run")
-    device: str = setting("auto", "auto is cuda, if there is one", choices=("auto", "cpu", "cuda"))
+    seed: int = setting(0, "the same seed gives the same run (on a GPU: but for rounding)")
+    device: str = setting("auto", "auto needs a GPU", choices=("auto", "cpu", "cuda"))
     study: bool = setting(False, "the rehearsal in seven variants, three seeds: results/gsm8k/")
 
 
 # A resumed run may change these; any other would make it another run.
 FREE_TO_CHANGE = (
     "output_dir", "num_steps", "eval_file", "eval_examples", "eval_every", "save_every", "resume",
-    "micro_batch_size", "gradient_checkpointing", "device", "eval_only", "study",
+    "micro_batch_size", "gradient_checkpointing", "eval_only", "study",
 )
 
 
 def check_settings(settings):
     """Raise ValueError for a setting that cannot work, naming its flag and what it may be."""
-    above_zero = 1e-30
+    above_zero = 1e-30  # what a number above 0 is at least
     for name, low, high in (
         *((name, 1, math.inf) for name in ("num_iterations", "num_steps", "batch_size", "mu")),
         *((name, 1, math.inf) for name in ("max_completion_length", "micro_batch_size")),
@@ -988,22 +966,23 @@ def check_settings(settings):
 
 
 # ==================================================================================================
-# 11. One process or many, precision, checkpoints
+# 10. One process or many, precision, checkpoints
 #
 # torchrun starts one process for each GPU; each samples and learns from its share of the prompts,
-# and the gradients are summed, so that together they do what one process would do with all prompts.
+# and the gradients are summed, so that together they do what one process would do with all prompts
+# (and the same completions; what is sampled depends on the rank).
 #
 # (!6) Weights are float32, computed with in bfloat16 (autocast). Weights kept in bfloat16 hardly
-# learn: near 0.02 its values are 1.2e-4 apart, and AdamW's steps of about 2e-6 are rounded away.
+# learn: near 0.02 bfloat16's values are 1.2e-4 apart, and AdamW's steps of 2e-6 are rounded away.
 
 
 def get_rank():
-    """The number of this process, 0 if it is alone."""
+    """This process's rank, 0 if it is alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def get_world_size():
-    """The number of processes."""
+    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -1071,8 +1050,9 @@ def load_policy(name, device, gradient_checkpointing=False):
         ours = compute_log_probs(model, ids, torch.ones_like(ids), 2)  # [1 2]
     if not torch.allclose(ours, expected, atol=1e-3):
         raise ValueError(f"--model {name}: its logits are not those of its output layer alone")
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if gradient_checkpointing:  # renamed in the course of transformers 5
+        new = getattr(model, "activation_checkpointing_enable", None)
+        (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model
 
 
@@ -1089,13 +1069,13 @@ def estimate_memory(config, parameters, settings, row_tokens, vocab_chunk=1024):
     # matrix products, attention with its keys and values for every head, the gated product.
     layer = 36 * h + 2 * kv + 8 * f
     kept = 4 * h * layers + layer if settings.gradient_checkpointing else layer * layers
-    rows = settings.batch_size * settings.num_generations // get_world_size()
+    rows = settings.batch_size * settings.num_generations  # the evaluation takes as many
     parts = {
         "weights, gradients, AdamW": 16 * parameters,
         "reference model": 4 * parameters if settings.beta else 0,
         "bfloat16 copy": 2 * parameters,
         "activations": settings.micro_batch_size * row_tokens * kept,
-        "logits of a chunk": (16 * vocab_chunk + 6 * h) * config.vocab_size,  # and the head's gradient
+        "logits of a chunk": (16 * vocab_chunk + 6 * h) * config.vocab_size,  # and ∇ of the head
         "KV cache": rows * row_tokens * layers * 4 * kv,
     }
     held = sum(list(parts.values())[:3])
@@ -1114,8 +1094,9 @@ def write_atomically(folder, fill):
         temporary.mkdir(parents=True)
         fill(temporary)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(folder.with_name(folder.name + ".old"))
         temporary.rename(folder)
+        shutil.rmtree(folder.with_name(folder.name + ".old"), ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise TrainingStopped(f"can't write {folder}: {error}") from error
@@ -1124,8 +1105,9 @@ def write_atomically(folder, fill):
 def save_checkpoint(model, optimizer, reference, step, settings):
     """All that --resume needs, under checkpoints/; the last two are kept. Rank 0 only.
 
-    There is no random state and no data position to save: both follow from seed and step. The
-    reference is saved only when it is not the model that the run began with.
+    There is no random state and no data position to save: both follow from seed and step (a model
+    with dropout, which Qwen2.5 has not, would need more). The reference is saved only when it is
+    not the model that the run began with.
     """
 
     def fill(folder):
@@ -1133,7 +1115,8 @@ def save_checkpoint(model, optimizer, reference, step, settings):
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
         if reference is not None and step > settings.num_steps:
             save_safetensors(reference, str(folder / "reference.safetensors"))
-        (folder / "state.json").write_text(json.dumps({"step": step, "settings": asdict(settings)}))
+        state = {"step": step, "processes": get_world_size(), "settings": asdict(settings)}
+        (folder / "state.json").write_text(json.dumps(state))
 
     folder = Path(settings.output_dir) / "checkpoints"
     write_atomically(folder / f"step-{step:06d}", fill)
@@ -1151,9 +1134,11 @@ def find_checkpoint(settings):
         return None, 0
     try:
         state = json.loads((folders[-1] / "state.json").read_text())
-        step, theirs = int(state["step"]), dict(state["settings"])
+        step, processes, theirs = int(state["step"]), state["processes"], dict(state["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folders[-1]} is not a checkpoint of this script ({error})") from None
+    if processes != get_world_size():
+        raise ValueError(f"{folders[-1]} is of {processes} processes, not {get_world_size()}")
     for name, value in asdict(settings).items():
         # With several iterations, num_steps says when the reference model is renewed.
         free = name in FREE_TO_CHANGE and (name != "num_steps" or settings.num_iterations == 1)
@@ -1173,7 +1158,165 @@ def load_checkpoint(folder, model, optimizer, reference):
         if reference is not None and (folder / "reference.safetensors").exists():
             load_safetensors(reference, str(folder / "reference.safetensors"))
     except Exception as error:  # whatever a cut-off file makes the libraries raise
-        raise TrainingStopped(f"{folder} is damaged; without it the one before is used: {error}")
+        raise TrainingStopped(f"{folder} is damaged; delete it to use the one before: {error}")
+
+
+class StopRequest:
+    """SIGINT and SIGTERM become a flag, looked at after each step; a second one ends at once."""
+
+    def __enter__(self):
+        self.signal = 0
+        self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        """What Python calls when the signal comes."""
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """Appends JSON lines to the files of the output folder, at rank 0, flushed at once.
+
+    Lines of steps after `done`, left by a run that was killed after its last checkpoint, are
+    dropped: these steps are taken again.
+    """
+
+    def __init__(self, folder, done):
+        self.folder, self.writes = Path(folder), get_rank() == 0
+        if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob("*.jsonl"):
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                whole = [line for line in lines if line.endswith("\n")]  # the last may be cut off
+                kept = [line for line in whole if done and json.loads(line)["step"] <= done]
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text("".join(kept), encoding="utf-8")
+                temporary.replace(path)
+
+    def write(self, name, record):
+        """One line to <name>.jsonl."""
+        if self.writes:
+            with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def load_json_lines(path):
+    """The objects of a .jsonl file of ours."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def peak_memory_bytes(device):
+    """The most memory in use so far: on a GPU that of tensors, on a CPU that of the process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def say(text):
+    """Print above the progress bar, in one process only."""
+    if get_rank() == 0:
+        tqdm.write(text)
+
+
+def check_batch_size(settings, train_rows):
+    """Raise ValueError if a step cannot be filled, or not every process would get a prompt."""
+    if not get_world_size() <= settings.batch_size <= len(train_rows):
+        raise ValueError(
+            f"--batch-size {settings.batch_size} must be at least the number of processes "
+            f"({get_world_size()}) and at most the number of training rows ({len(train_rows)})"
+        )
+
+
+# ==================================================================================================
+# 11. Evaluation
+#
+# Greedy, one completion a question, on problems that were not trained on. Two accuracies, because a
+# model can know the answer and not the format: strict wants the right number in the answer tag,
+# lenient takes the last number of the text where the tag has none. What training gains is often
+# strict alone: format, not arithmetic. And n questions are a sample, so an interval belongs to it.
+
+
+def wilson_interval(successes, n, z=1.959964):
+    """The 95 % confidence interval of a rate (Wilson 1927) → (low, high); needs: math."""
+    rate, centre = successes / n, (successes + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(n * rate * (1 - rate) + z * z / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def last_number(text):
+    """The last number of a text, as parse_number reads it → Fraction or None"""
+    pieces = [match.group() for match in SIGNED_NUMBER.finditer(text)]
+    return parse_number(pieces[-1]) if pieces else None
+
+
+def evaluate_model(model, tokenizer, rows, max_completion_length=400, batch_size=64):
+    """Greedy accuracy on rows as load_rows gives them, shared out over the processes.
+
+    → dict: examples, strict and its interval strict_low, strict_high, lenient, format (share with
+    all four tags), finished_fraction (share that ended by itself), mean_length (tokens). Raises
+    ValueError if there are no rows, TrainingStopped if the logits are not finite.
+    """
+    if not rows:
+        raise ValueError("evaluate_model needs at least one row")
+    ends = get_eos_token_ids(model, tokenizer)
+    # Prompts of like length together: less padding.
+    mine = sorted(rows[get_rank() :: get_world_size()], key=lambda row: len(row["question"]))
+    # strict, lenient, format, finished, tokens, and batches that failed
+    counts = torch.zeros(6, dtype=torch.float64)
+    progress = tqdm(total=len(mine), desc="evaluating", leave=False, disable=get_rank() > 0)
+    for first in range(0, len(mine), batch_size):
+        batch = mine[first : first + batch_size]
+        prompts = [build_prompt(row["question"], tokenizer) for row in batch]
+        try:
+            with autocast(model.device):
+                _, _, ids, mask = generate_completions(
+                    model, tokenizer, prompts, 1, max_completion_length, temperature=0
+                )
+        except FloatingPointError:
+            counts[5] = 1
+            break
+        texts, tokens = decode_completions(tokenizer, ids, mask)
+        for row, text, its_tokens in zip(batch, texts, tokens):
+            gold = parse_number(row["answer"])
+            number = parse_number(extract_answer_from_model_output(text) or "")
+            strict = number == gold
+            lenient = strict or (number is None and last_number(text) == gold)
+            has_format = format_reward([text])[0] > 0.79  # all four tags, but for rounding
+            finished = its_tokens[-1] in ends
+            counts += torch.tensor([strict, lenient, has_format, finished, len(its_tokens), 0])
+        progress.update(len(batch))
+    progress.close()
+    totals = sum_over_processes(counts, model.device).tolist()
+    strict, lenient, has_format, finished, length, failed = totals
+    if failed:
+        raise TrainingStopped("evaluation: the model's logits are not finite")
+    n = len(rows)
+    low, high = wilson_interval(strict, n)
+    return {
+        "examples": n, "strict": strict / n, "strict_low": low, "strict_high": high,
+        "lenient": lenient / n, "format": has_format / n, "finished_fraction": finished / n,
+        "mean_length": length / n,
+    }
+
+
+def describe_evaluation(result):
+    """One line about what evaluate_model returned."""
+    return (
+        f"{result['strict']:.1%} of {result['examples']} held-out problems right (95 % interval "
+        f"{result['strict_low']:.1%} to {result['strict_high']:.1%}), {result['lenient']:.1%} "
+        f"lenient; {result['format']:.1%} with all tags, {result['mean_length']:.0f} tokens"
+    )
 
 
 # ==================================================================================================
@@ -1185,9 +1328,8 @@ def load_checkpoint(folder, model, optimizer, reference):
 #
 # What metrics.jsonl says, a line a step, and what is normal:
 #
-#     loss                 mean over the µ updates. With µ = 1 the ratios are all 1, so it is about
-#                          minus the mean advantage plus β kl: near 0 from the first step to the
-#                          last, and no measure of progress. Watch the reward.
+#     loss                 mean over the µ updates; with µ = 1 near 0 from the first step to the
+#                          last (section 7), and no measure of progress. Watch the reward.
 #     reward_mean          mean reward of this step's completions; noisy, rises over tens of steps
 #     reward_std           mean over groups of the spread within one: what there is to learn from
 #     correctness, format  the two parts of the reward, up to 2 and 0.8
@@ -1195,12 +1337,16 @@ def load_checkpoint(folder, model, optimizer, reference):
 #     kl                   k3 to the reference, per token, from 0 up; null if β = 0
 #     clip_fraction        share of tokens whose gradient was clipped; 0 if µ = 1
 #     grad_norm            before clipping to max_grad_norm, mean over the µ updates
-#     completion_length    tokens, mean; at max_completion_length everywhere: it does not end
+#     completion_length    tokens, mean; if always the maximum, the model never stops
 #     finished_fraction    share that ended with an end token
-#     zero_std_groups      groups whose advantages are all 0: all right, or all wrong
-#     skipped_updates      updates so far that were left out because a number was not finite
+#     zero_std_groups      silent groups, with nothing to learn from; they grow in number as more
+#                          problems are always solved
+#     skipped_updates      updates of this step left out because a number was not finite
 #     tokens_per_second    completion tokens sampled, over the time of the whole step
 #     step_seconds, peak_memory_bytes, learning_rate
+
+
+MAX_SKIPPED = 3  # the run gives up after so many steps in a row with numbers that are not finite
 
 
 @dataclass
@@ -1248,11 +1394,8 @@ def collect_rollout(model, tokenizer, rows, settings, generator):
     texts, tokens = decode_completions(tokenizer, completion_ids, completion_mask)
     answers = [row["answer"] for row in rows for _ in range(G)]
     correctness, form = correctness_reward(texts, answers), format_reward(texts)
-    rewards = {
-        "combined": [c + f for c, f in zip(correctness, form)],
-        "correctness": correctness,
-        "format": form,
-    }[settings.reward]
+    combined = combined_reward(texts, answers)
+    rewards = {"combined": combined, "correctness": correctness, "format": form}[settings.reward]
     ends = get_eos_token_ids(model, tokenizer)
     stats = [
         {
@@ -1272,21 +1415,19 @@ def collect_rollout(model, tokenizer, rows, settings, generator):
         ]
         advantages = compute_process_advantages(steps, completion_mask, G)  # [row pos]
     else:
-        everyone = torch.tensor([group["reward"] for group in stats])  # [batch trial]
-        mine = my_share(compute_advantages(everyone, settings.advantage))  # [batch trial]
-        advantages = mine.flatten().unsqueeze(-1).to(model.device) * completion_mask  # [row pos]
-    silent = (advantages.unflatten(0, (-1, G)) == 0).flatten(1).all(dim=1).tolist()
+        everyone = torch.tensor([group["reward"] for group in stats])  # [batch trial], all ranks'
+        own = my_share(compute_advantages(everyone, settings.advantage))  # [batch trial], our part
+        advantages = own.flatten().unsqueeze(-1).to(model.device) * completion_mask  # [row pos]
+    silent = (advantages.unflatten(0, (-1, G)) == 0).flatten(1).all(dim=1).tolist()  # [batch]
     for group, is_silent in zip(stats, gather_lists(silent)):
         group["silent"] = is_silent
     best, worst = max(range(G), key=rewards.__getitem__), min(range(G), key=rewards.__getitem__)
-    sample = {
-        "question": rows[0]["question"],
-        "answer": rows[0]["answer"],
-        "completions": [
-            {"text": texts[i], "reward": rewards[i], "advantage": advantages[i, 0].item()}
-            for i in dict.fromkeys((best, worst))
-        ],
-    }
+    shown = [
+        {"text": texts[i], "reward": rewards[i], "advantage": advantages[i, 0].item()}
+        for i in dict.fromkeys((best, worst))
+    ]
+    # Under process supervision the advantage shown is that of the first token.
+    sample = {"question": rows[0]["question"], "answer": answers[0], "completions": shown}
     return Rollout(
         torch.cat([prompt_ids, completion_ids], dim=1),
         torch.cat([prompt_mask, completion_mask], dim=1),
@@ -1353,7 +1494,7 @@ def update_policy(model, reference, optimizer, rollout, settings):
                 importance_sampling_level=settings.importance_sampling_level,
                 max_completion_length=settings.max_completion_length, num_items=tokens,
             )
-            if settings.loss_type in ("grpo", "dr_grpo"):  # means over rows: these of all
+            if settings.loss_type in ("grpo", "dr_grpo"):  # a mean over these rows: make it of all
                 loss = loss * len(log_probs) / rows
             loss.backward()
             clipped = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
@@ -1379,74 +1520,6 @@ def update_policy(model, reference, optimizer, rollout, settings):
     return totals | {"skipped_updates": skipped}
 
 
-MAX_SKIPPED = 3  # updates in a row that were not finite, before the run gives up
-
-
-class StopRequest:
-    """SIGINT and SIGTERM become a flag, looked at after each step; a second one ends at once."""
-
-    def __enter__(self):
-        self.signal = 0
-        self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number, frame):
-        """Signal handler."""
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def __exit__(self, *error):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
-class Log:
-    """Appends JSON lines to the files of the output folder, at rank 0, flushed at once.
-
-    Lines of steps after `done`, left by a run that was killed after its last checkpoint, are
-    dropped: these steps are taken again.
-    """
-
-    def __init__(self, folder, done):
-        self.folder, self.writes = Path(folder), get_rank() == 0
-        if self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.glob("*.jsonl"):
-                lines = path.read_text(encoding="utf-8").splitlines()
-                kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= done]
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text("".join(x + "\n" for x in kept), encoding="utf-8")
-                temporary.replace(path)
-
-    def write(self, name, record):
-        """One line to <name>.jsonl."""
-        if self.writes:
-            with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-
-
-def load_json_lines(path):
-    """The objects of a .jsonl file of ours."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-
-
-def peak_memory_bytes(device):
-    """The most memory in use so far: on a GPU that of tensors, on a CPU that of the process."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def say(text):
-    """Print above the progress bar, in one process only."""
-    if get_rank() == 0:
-        tqdm.write(text)
-
-
 def summarise_rollout(stats):
     """What metrics.jsonl says of a step's samples, from the groups of all processes → dict"""
 
@@ -1464,15 +1537,6 @@ def summarise_rollout(stats):
         "finished_fraction": mean_of("finished"),
         "zero_std_groups": sum(group["silent"] for group in stats),
     }
-
-
-def check_batch_size(settings, train_rows):
-    """Raise ValueError if a step cannot be filled, or not every process would get a prompt."""
-    if not get_world_size() <= settings.batch_size <= len(train_rows):
-        raise ValueError(
-            f"--batch-size {settings.batch_size} must be at least the number of processes "
-            f"({get_world_size()}) and at most the number of training rows ({len(train_rows)})"
-        )
 
 
 def take_step(model, reference, tokenizer, optimizer, rows, step, settings):
@@ -1579,25 +1643,31 @@ def train_with_grpo(model, tokenizer, train_rows, settings, eval_rows=()):
                     save_checkpoint(model, optimizer, reference, step, settings)
             if stopping and step < total:
                 say(f"stopped after step {step}, all saved; --resume goes on from here")
-                return stop.signal or signal.SIGTERM
+                return stop.signal or signal.SIGTERM  # or another rank was asked to stop
     return 0
 
 
-def draw_curves(folder):
-    """curves.png from the metrics.jsonl and eval.jsonl of a run; needs matplotlib."""
+def load_pyplot():
+    """matplotlib.pyplot, for files and in the style of the plots here."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    steps = [r for r in load_json_lines(Path(folder) / "metrics.jsonl") if "reward_mean" in r]
-    path = Path(folder) / "eval.jsonl"
-    evaluations = load_json_lines(path) if path.exists() else []
-    blue, orange, green = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito
     plt.rcParams.update({
         "figure.constrained_layout.use": True, "savefig.dpi": 150, "axes.titlesize": 10,
         "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
     })
+    return plt
+
+
+def draw_curves(folder):
+    """curves.png from the metrics.jsonl and eval.jsonl of a run; needs matplotlib."""
+    plt = load_pyplot()
+    steps = [r for r in load_json_lines(Path(folder) / "metrics.jsonl") if "reward_mean" in r]
+    path = Path(folder) / "eval.jsonl"
+    evaluations = load_json_lines(path) if path.exists() else []
+    blue, orange, green = "#0072B2", "#D55E00", "#009E73"  # distinct for every colour vision
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 3.2))
     x = [record["step"] for record in steps]
     left.plot(x, [record["reward_mean"] for record in steps], color=blue, label="reward")
@@ -1630,14 +1700,14 @@ def draw_curves(folder):
 # hundred tokens, and word problems of one and two steps in GSM8K's format. GRPO improves what a
 # model sometimes does. A random one never answers, so it is shown demonstrations first (supervised
 # fine-tuning, SFT). They teach a bad habit: seven times in ten they stop a two-step problem after
-# one step. Greedy, the model then always stops there; sampled, it sometimes goes on, and is paid.
+# one step. Greedy, it then always stops there; sampled, it sometimes goes on, and is rewarded.
 #
 # The held-out problems use numbers that training never shows with that wording: a fifth of all
-# combinations, for each template. What is asked of the model is to put together known steps anew.
+# combinations, for each template. The test is whether known steps combine for new numbers.
 
 REHEARSAL = dict(
-    output_dir="runs/rehearsal", num_steps=60, batch_size=32, num_generations=8, beta=0.0,
-    max_completion_length=48, learning_rate=1e-4, micro_batch_size=128, eval_every=20,
+    output_dir="runs/rehearsal", num_steps=80, batch_size=32, num_generations=8, beta=0.0,
+    max_completion_length=48, learning_rate=5e-5, micro_batch_size=128, eval_every=20,
     save_every=20, device="cpu",
 )
 # Operations are applied from left to right: ("…", "+*") is (a + b) · c.
@@ -1683,7 +1753,7 @@ def make_problems(seed, num_train=4000, held_out=0.2, drills=0.3):
         words = {"n": rng.choice(NAMES), "t": rng.choice(THINGS)} | dict(zip("abc", numbers))
         return make_row(text.format(**words), solve(numbers, operations)[0])
 
-    known, unknown, facts = [], [], set()
+    shown, held_out_problems, facts = [], [], set()
     for text, operations in TEMPLATES:
         combinations = [
             numbers
@@ -1693,8 +1763,8 @@ def make_problems(seed, num_train=4000, held_out=0.2, drills=0.3):
         facts |= {step for numbers in combinations for step in solve(numbers, operations)[0]}
         rng.shuffle(combinations)
         cut = round(held_out * len(combinations))
-        unknown += [(text, operations, numbers) for numbers in combinations[:cut]]
-        known.append([(text, operations, numbers) for numbers in combinations[cut:]])
+        held_out_problems += [(text, operations, numbers) for numbers in combinations[:cut]]
+        shown.append([(text, operations, numbers) for numbers in combinations[cut:]])
     facts = sorted(facts)
     train = []
     for _ in range(num_train):
@@ -1702,12 +1772,21 @@ def make_problems(seed, num_train=4000, held_out=0.2, drills=0.3):
             fact = rng.choice(facts)
             train.append(make_row(f"What is {fact.partition(' =')[0]}?", [fact]))
         else:
-            train.append(word_problem(*rng.choice(rng.choice(known))))
-    return train, [word_problem(*problem) for problem in unknown for _ in range(2)]
+            # every template equally often
+            train.append(word_problem(*rng.choice(rng.choice(shown))))
+    return train, [word_problem(*problem) for problem in held_out_problems for _ in range(2)]
+
+
+def demonstrate(row, keep_steps=None, tags=True):
+    """The completion that a row's worked answer makes, of all its steps or the first keep_steps."""
+    steps = row["answer"].partition("\n####")[0].split("\n")[:keep_steps]
+    lines = "\n".join(steps)
+    reasoning = f"<reasoning>\n{lines}\n</reasoning>\n" if tags else f"{lines}\n"
+    return f"{reasoning}<answer>\n{steps[-1].split()[-1]}\n</answer>"
 
 
 def make_tokenizer(rows):
-    """Qwen2's own kind of tokenizer (byte-level BPE), trained on the problems: a token a word.
+    """Qwen2's own kind of tokenizer, byte-level BPE, trained on the problems: a token for a word.
 
     The tags are tokens of their own, and so is the system prompt, which is the same everywhere.
     """
@@ -1721,22 +1800,14 @@ def make_tokenizer(rows):
     return tokenizer
 
 
-def demonstrate(row, keep_steps=None, tags=True):
-    """The completion that a row's worked answer makes, of all its steps or the first keep_steps."""
-    steps = row["answer"].partition("\n####")[0].split("\n")[:keep_steps]
-    lines = "\n".join(steps)
-    reasoning = f"<reasoning>\n{lines}\n</reasoning>\n" if tags else f"{lines}\n"
-    return f"{reasoning}<answer>\n{steps[-1].split()[-1]}\n</answer>"
-
-
 def fine_tune(model, tokenizer, rows, num_steps, seed, batch_size=32, learning_rate=2e-3):
-    """Supervised fine-tuning on demonstrations, with their habits: −mean log π of their tokens.
+    """Supervised fine-tuning on demonstrations with a bad habit: −mean log π of their tokens.
 
     Seven in ten two-step demonstrations stop after one step, one in five leaves out two tags. The
     learning rate falls linearly to 0.
     """
     rng = random.Random(f"demonstrations {seed}")
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     for step in tqdm(range(num_steps), desc="warming up", leave=False):
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / num_steps)
         batch = rng.choices(rows, k=batch_size)
@@ -1875,15 +1946,7 @@ def format_study(rows):
 
 def draw_study(rows, folder):
     """study.png: held-out accuracy of four variants by step, mean and range over the seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({
-        "figure.constrained_layout.use": True, "savefig.dpi": 150, "axes.titlesize": 10,
-        "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
-    })
+    plt = load_pyplot()
     figure, axis = plt.subplots(figsize=(8, 4))
     names = list(VARIANTS)
     for name, colour, style, marker in zip(
@@ -1893,7 +1956,8 @@ def draw_study(rows, folder):
         runs = [row["evaluations"] for row in rows if row["variant"] == name]
         x = [record["step"] for record in runs[0]]
         y = [[100 * run[i]["strict"] for run in runs] for i in range(len(x))]  # [step][seed]
-        axis.plot(x, [statistics.fmean(v) for v in y], style, color=colour, marker=marker, label=name)
+        middle = [statistics.fmean(v) for v in y]
+        axis.plot(x, middle, style, color=colour, marker=marker, label=name)
         low, high = [min(v) for v in y], [max(v) for v in y]
         axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
     axis.set(xlabel="step (256 completions, or as many demonstrations)", ylim=(-2, 102))
@@ -1969,8 +2033,9 @@ def check_output_dir(settings):
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "write.tmp").write_text("can this be written?")
-        (folder / "write.tmp").unlink()
+        probe = folder / f"write-{get_rank()}.tmp"
+        probe.write_text("can this be written?")
+        probe.unlink()
     except OSError as error:
         raise ValueError(f"--output-dir {folder} can't be written: {error.strerror}") from None
     if settings.resume:
@@ -1989,6 +2054,7 @@ def load_data(settings, train_file, eval_file):
     elif eval_file or not train_file:
         eval_rows = load_rows(eval_file, "test")
     else:
+        # A tenth, and no more than GSM8K's own test set has.
         cut = len(train_rows) - min(max(len(train_rows) // 10, 1), 1319)
         train_rows, eval_rows = train_rows[:cut], train_rows[cut:]
         say(f"no --eval-file: the last {len(eval_rows)} rows of {train_file} are held out instead")
@@ -1996,31 +2062,21 @@ def load_data(settings, train_file, eval_file):
 
 
 def check_lengths(tokenizer, rows, settings, context):
-    """Raise ValueError if a prompt and its completion do not fit into the model's context."""
-    if not rows or context is None:
-        return
+    """→ tokens of the longest prompt and its completion. ValueError if the context has fewer."""
     prompts = [build_prompt(row["question"], tokenizer) for row in rows]
     lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
     longest = max(range(len(rows)), key=lengths.__getitem__)
-    if lengths[longest] + settings.max_completion_length > context:
+    if context is not None and lengths[longest] + settings.max_completion_length > context:
         raise ValueError(
             f"a prompt of {lengths[longest]} tokens ({rows[longest]['question'][:40]!r} …) and "
             f"--max-completion-length {settings.max_completion_length} exceed the model's context "
             f"of {context} tokens"
         )
-
-
-def describe_evaluation(result):
-    """One line about what evaluate_model returned."""
-    return (
-        f"{result['strict']:.1%} of {result['examples']} held-out problems right (95 % interval "
-        f"{result['strict_low']:.1%} to {result['strict_high']:.1%}), {result['lenient']:.1%} "
-        f"lenient; {result['format']:.1%} with all tags, {result['mean_length']:.0f} tokens"
-    )
+    return lengths[longest] + settings.max_completion_length
 
 
 def prepare(settings, device):
-    """All that can be refused, before the model is loaded → (model, tokenizer, training rows,
+    """Check everything that is cheap to check, then load → (model, tokenizer, training rows,
     evaluation rows). Raises ValueError."""
     name, train_file, eval_file = settings.model, settings.train_file, settings.eval_file
     if not settings.eval_only:
@@ -2037,8 +2093,15 @@ def prepare(settings, device):
     if not settings.eval_only:
         check_batch_size(settings, train_rows)
     tokenizer, context = load_tokenizer(name)
-    check_lengths(tokenizer, train_rows + eval_rows, settings, context)
+    row_tokens = check_lengths(tokenizer, train_rows + eval_rows, settings, context)
     model = load_policy(name, device, settings.gradient_checkpointing)
+    if device.type == "cuda" and not settings.eval_only:
+        parameters = sum(p.numel() for p in model.parameters())
+        needed = estimate_memory(model.config, parameters, settings, row_tokens)["peak"]
+        card = torch.cuda.get_device_properties(device).total_memory
+        say(f"estimated memory: {needed / 1e9:.0f} of {card / 1e9:.0f} GB")
+        if needed > card:
+            say("that is too much: --gradient-checkpointing, --micro-batch-size 1, --beta 0 help")
     return model, tokenizer, train_rows, eval_rows
 
 
@@ -2065,11 +2128,8 @@ def run(settings, model, tokenizer, train_rows, eval_rows):
     if stopped:
         return 128 + stopped
     if get_rank() == 0:
-        # In the precision that it was computed with: what was evaluated is what is saved.
-        dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
-
-        def fill(folder):
-            model.to(dtype).save_pretrained(folder)
+        def fill(folder):  # in float32: what was evaluated is what is saved
+            model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
         write_atomically(out / "final", fill)
@@ -2094,28 +2154,27 @@ def main(argv=None):
         args = parser.parse_args(argv)
     settings = Settings(**vars(args))
     try:
-        check_settings(settings)
-        device = choose_device(settings.device)
-        if "LOCAL_RANK" in os.environ:  # started by torchrun
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if settings.study:
-            return run_study(settings)
-        if settings.rehearsal:
-            say(f"{worked_example()}\n")
-        job = prepare(settings, device)
-    except ValueError as error:
-        parser.error(str(error))
-    try:
-        return run(settings, *job)
+        try:
+            check_settings(settings)
+            device = choose_device(settings.device)
+            if "LOCAL_RANK" in os.environ:  # started by torchrun
+                if device.type == "cuda":
+                    torch.cuda.set_device(device)
+                dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            if settings.rehearsal and not settings.study:
+                say(f"{worked_example()}\n")
+            job = None if settings.study else prepare(settings, device)
+        except ValueError as error:
+            parser.error(str(error))
+        status = run_study(settings) if settings.study else run(settings, *job)
     except TrainingStopped as error:
         parser.exit(1, f"grpo_gsm8k.py: {error}\n")
     except KeyboardInterrupt:
         return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    # Only here: after an error the other processes may never arrive, and this would wait for them.
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":
