@@ -1290,8 +1290,8 @@ def evaluate_model(model, tokenizer, rows, max_completion_length=400, batch_size
         for row, text, its_tokens in zip(batch, texts, tokens):
             gold = parse_number(row["answer"])
             number = parse_number(extract_answer_from_model_output(text) or "")
-            strict = number == gold
-            lenient = strict or (number is None and last_number(text) == gold)
+            strict = number is not None and number == gold
+            lenient = strict or (number is None and last_number(text) == gold is not None)
             has_format = format_reward([text])[0] > 0.79  # all four tags, but for rounding
             finished = its_tokens[-1] in ends
             counts += torch.tensor([strict, lenient, has_format, finished, len(its_tokens), 0])
