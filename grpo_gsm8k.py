@@ -1517,12 +1517,13 @@ def update_policy(model, reference, optimizer, rollout, settings):
             totals[name] += value / settings.mu
     if not settings.beta:
         totals["kl"] = None
+    # JSON knows neither inf nor nan; skipped_updates says that there was one.
+    totals = {k: v if v is None or math.isfinite(v) else None for k, v in totals.items()}
     return totals | {"skipped_updates": skipped}
 
 
 def summarise_rollout(stats):
     """What metrics.jsonl says of a step's samples, from the groups of all processes → dict"""
-
 
     def mean_of(name):
         return statistics.fmean([x for group in stats for x in group[name]])
@@ -1880,7 +1881,7 @@ STUDY_SEEDS = (0, 1, 2)
 def run_study(settings, results=Path("results/gsm8k")):
     """Every variant from the same start, for each seed; figures, table and plot go to `results`.
 
-    Half an hour on two cores. Rows are saved as they come.
+    Half an hour on two cores. Rows are saved as they come. → exit status
     """
     rows, path = [], results / "results.json"
     results.mkdir(parents=True, exist_ok=True)
@@ -1904,7 +1905,6 @@ def run_study(settings, results=Path("results/gsm8k")):
                 after = evaluate_model(model, tokenizer, test_rows, its.max_completion_length, 256)
                 evaluations = [{"step": 0, **before}, {"step": its.num_steps, **after}]
             else:
-                check_output_dir(its)
                 train_with_grpo(model, tokenizer, train_rows, its, test_rows)
                 evaluations = load_json_lines(Path(its.output_dir) / "eval.jsonl")
             seconds = time.perf_counter() - started
@@ -1919,8 +1919,9 @@ def run_study(settings, results=Path("results/gsm8k")):
     table = format_study(rows)
     text = f"# Results of grpo_gsm8k.py --study\n\n{table}\n"
     (results / "tables.md").write_text(text, encoding="utf-8")
-    print(f"\n{table}\n\nwritten: {results}/results.json, tables.md, study.png")
     draw_study(rows, results)
+    print(f"\n{table}\n\nwritten: {results}/results.json, tables.md, study.png")
+    return 0
 
 
 def format_study(rows):
@@ -2163,6 +2164,8 @@ def main(argv=None):
                 dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
             if settings.rehearsal and not settings.study:
                 say(f"{worked_example()}\n")
+            if settings.study and Path(settings.output_dir).exists():
+                raise ValueError(f"--output-dir {settings.output_dir} exists; delete it or name another")
             job = None if settings.study else prepare(settings, device)
         except ValueError as error:
             parser.error(str(error))

@@ -1762,7 +1762,8 @@ def test_an_update_that_is_not_finite_is_left_out_and_counted():
     before = {name: p.clone() for name, p in policy.named_parameters()}
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
     metrics = gsm.update_policy(policy, None, optimizer, rollout, gsm.Settings(mu=2, beta=0.0, max_completion_length=12))
-    assert metrics["skipped_updates"] == 2
+    assert metrics["skipped_updates"] == 2 and metrics["grad_norm"] is None
+    json.dumps(metrics, allow_nan=False)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in policy.named_parameters())
 
 
@@ -2087,6 +2088,30 @@ def test_the_start_is_made_once_and_whole(tmp_path, capsys):
     assert (model / "model.safetensors").read_bytes() == weights
     again = gsm.make_start(tmp_path / "again", seed=0, num_steps=2)[0]
     assert (again / "model.safetensors").read_bytes() == weights  # the seed decides everything
+
+
+def test_the_study_compares_all_variants_and_writes_its_table(policy_folder, tmp_path, monkeypatch, capsys):
+    shown = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gsm, "STUDY_SEEDS", (0, 1))
+    monkeypatch.setattr(gsm, "fine_tune", lambda model, tokenizer, rows, num_steps, seed: shown.append(num_steps))
+    monkeypatch.setattr(gsm, "make_start", lambda folder, seed: (
+        policy_folder / "model", policy_folder / "train.jsonl", policy_folder / "test.jsonl"))
+    options = "--study --num-steps 2 --batch-size 8 --num-generations 4 --max-completion-length 6 --eval-every 0".split()
+    assert gsm.main(options) == 0
+    rows = json.loads((tmp_path / "results" / "gsm8k" / "results.json").read_text())["rows"]
+    assert [(row["variant"], row["seed"]) for row in rows] == [(v, s) for s in (0, 1) for v in gsm.VARIANTS]
+    assert shown == [2, 2]  # 2 × 8 × 4 completions are 2 batches of 32 demonstrations
+    for row in rows:
+        assert [e["step"] for e in row["evaluations"]] == [0, 2] and row["settings"]["seed"] == row["seed"]
+        for name, value in (gsm.VARIANTS[row["variant"]] or {}).items():
+            assert row["settings"][name] == value
+    table = (tmp_path / "results" / "gsm8k" / "tables.md").read_text(encoding="utf-8")
+    assert gsm.format_study(rows) in table and all(f"| {v} |" in table for v in gsm.VARIANTS)
+    assert (tmp_path / "results" / "gsm8k" / "study.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit) as error:
+        gsm.main(options)
+    assert error.value.code == 2 and "runs/study exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, message", [
