@@ -1708,7 +1708,7 @@ def draw_curves(folder):
 
 REHEARSAL = dict(
     output_dir="runs/rehearsal", num_steps=80, batch_size=32, num_generations=8, beta=0.0,
-    max_completion_length=48, learning_rate=5e-5, micro_batch_size=128, eval_every=20,
+    max_completion_length=48, learning_rate=5e-5, micro_batch_size=128, eval_every=10,
     save_every=20, device="cpu",
 )
 # Operations are applied from left to right: ("…", "+*") is (a + b) · c.
