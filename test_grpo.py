@@ -995,7 +995,7 @@ def test_rows_keep_question_and_final_number(tmp_path):
     assert gsm.load_rows(path) == [{"question": "How many?", "answer": "1,080"}]
 
 
-def test_the_prompt_is_the_tokenizers_own_template(tokenizer):
+def test_erratum_8_the_prompt_is_the_tokenizers_own_template(tokenizer):
     prompt = gsm.build_prompt("How many?", tokenizer)
     assert prompt == (
         f"<|im_start|>system\n{gsm.SYSTEM_PROMPT}<|im_end|>\n"
@@ -1220,7 +1220,7 @@ def hostile(policy):
     return policy
 
 
-def test_samples_come_from_the_distribution_that_is_scored():
+def test_erratum_8_samples_come_from_the_distribution_that_is_scored():
     """Under a generation_config that would cut the distribution to two tokens. χ² of 20,000 samples
     of two tokens against softmax(logits / T); 99.99 % of honest samplers stay below the bound."""
     policy, G, temperature = hostile(make_policy(10, scale=2.0)), 20_000, 0.7
