@@ -571,8 +571,15 @@ def generate_completions(
         if temperature == 0:
             token = logits.argmax(dim=-1, keepdim=True)  # [active 1]
         else:
+            # The first token where the cumulative probability exceeds a uniform number. (The same
+            # as torch.multinomial, which draws a random number for every entry of the vocabulary.)
             probs = (logits / temperature).softmax(dim=-1)  # [active vocab]
-            token = torch.multinomial(probs, 1, generator=generator)  # [active 1]
+            cumulative = probs.cumsum(dim=-1, dtype=torch.float64)  # [active vocab]
+            uniform = torch.rand(
+                len(probs), 1, dtype=torch.float64, device=device, generator=generator
+            )  # [active 1]
+            token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+            token = token.clamp(max=probs.shape[1] - 1)  # [active 1], should rounding reach the end
         completion_ids[active, t] = token[:, 0]
         going = (~torch.isin(token[:, 0], ends)).nonzero()[:, 0]  # indices into active
         if len(going) == 0 or t == max_completion_length - 1:
@@ -613,7 +620,7 @@ def selective_log_softmax(logits, ids):
 
 
 def compute_log_probs(
-    model, input_ids, attention_mask, logits_to_keep, temperature=1.0, chunk_size=1024
+    model, input_ids, attention_mask, logits_to_keep, temperature=1.0, chunk_size=512
 ):
     """The log-probability of each of the last logits_to_keep tokens, given all before it.
 
@@ -636,7 +643,10 @@ def compute_log_probs(
     head = model.get_output_embeddings()
 
     def score(hidden, targets):
-        return selective_log_softmax(head(hidden).float() / temperature, targets)  # [chunk]
+        logits = head(hidden).float()  # [chunk vocab]
+        if temperature != 1:  # saves a pass over the largest tensor
+            logits = logits / temperature
+        return selective_log_softmax(logits, targets)  # [chunk]
 
     log_probs = [
         checkpoint(score, h, t, use_reentrant=False)
@@ -1056,7 +1066,7 @@ def load_policy(name, device, gradient_checkpointing=False):
     return model
 
 
-def estimate_memory(config, parameters, settings, row_tokens, vocab_chunk=1024):
+def estimate_memory(config, parameters, settings, row_tokens, vocab_chunk=512):
     """Bytes that training needs on one GPU, by part, and the "peak" → dict
 
     config: of a Qwen2-like model; parameters: how many; row_tokens: the longest prompt and
