@@ -19,6 +19,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -2356,3 +2357,258 @@ def test_the_committed_rehearsals_meet_the_targets():
         if row["variant"].startswith("control"):
             assert after["strict"] <= 0.55
     assert gsm.format_study(rows) in (HERE / "results" / "gsm8k" / "tables.md").read_text(encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------
+# Under load: killed, interrupted, out of disk, one process of two lost
+
+
+def start_run(arguments, processes=1, code=None, **environment):
+    """The script as a process of its own; `code` runs first, in the same interpreter."""
+    script = [str(HERE / "grpo_gsm8k.py")]
+    if code is not None:
+        path = Path(arguments[arguments.index("--output-dir") + 1] + ".py")
+        path.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport grpo_gsm8k as gsm\n{code}\nsys.exit(gsm.main())\n")
+        script = [str(path)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, *script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
+    )
+
+
+def wait_for(condition, process, seconds=120):
+    started = time.monotonic()
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() - started < seconds, "too slow"
+        time.sleep(0.005)
+
+
+def test_kill_9_loses_no_more_than_the_steps_since_the_last_checkpoint(policy_folder, tmp_path):
+    """Killed twice, once while a checkpoint is being written; the metrics are those of a run that
+    nobody disturbed."""
+    options = ("--num-steps", "8", "--save-every", "1", "--beta", "0.1")
+    assert gsm.main(flags(policy_folder, tmp_path / "whole", *options)) == 0
+    out = tmp_path / "killed"
+    metrics = out / "metrics.jsonl"
+    process = start_run(flags(policy_folder, out, *options))
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, process)
+    process.kill()
+    process.communicate()
+    done = gsm.find_checkpoint(gsm.Settings(**settings_of(out)))[1]
+    process = start_run(flags(policy_folder, out, *options, "--resume"))
+    wait_for(lambda: list((out / "checkpoints").glob(f"step-{done + 2:06d}.tmp/*")), process)
+    process.kill()
+    process.communicate()
+    assert 1 <= done < gsm.find_checkpoint(gsm.Settings(**settings_of(out)))[1] + 1 < 8
+    assert gsm.main(flags(policy_folder, out, *options, "--resume")) == 0
+    assert steady(out) == steady(tmp_path / "whole")
+    for name in ("eval.jsonl", "samples.jsonl"):
+        assert (out / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert not list((out / "checkpoints").glob("*.tmp"))
+
+
+def settings_of(folder):
+    return json.loads((folder / "config.json").read_text())["settings"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_from_outside_saves_and_leaves(policy_folder, tmp_path, number):
+    out = tmp_path / "run"
+    process = start_run(flags(policy_folder, out, "--num-steps", "5000", "--eval-every", "0"))
+    wait_for(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") >= 2, process)
+    process.send_signal(number)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number, printed
+    steps = len(steady(out))
+    assert f"stopped after step {steps}" in printed and gsm.find_checkpoint(gsm.Settings(**settings_of(out)))[1] == steps
+
+
+def test_one_process_that_dies_ends_the_other_with_a_message(policy_folder, tmp_path):
+    code = """
+step = gsm.take_step
+def dies(*arguments):
+    if gsm.get_rank() == 1 and arguments[5] == 2:
+        raise RuntimeError("this process has had enough")
+    return step(*arguments)
+gsm.take_step = dies
+"""
+    process = start_run(flags(policy_folder, tmp_path / "run"), processes=2, code=code)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode != 0 and "this process has had enough" in printed
+
+
+@pytest.mark.parametrize("damage", ["model.safetensors", "optimizer.pt"])
+def test_a_cut_off_checkpoint_is_refused_with_the_reason(policy_folder, tmp_path, damage, capsys):
+    assert gsm.main(flags(policy_folder, tmp_path / "run")) == 0
+    path = tmp_path / "run" / "checkpoints" / "step-000004" / damage
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(SystemExit) as error:
+        gsm.main(flags(policy_folder, tmp_path / "run", "--resume"))
+    text = capsys.readouterr().err
+    assert error.value.code == 1 and "step-000004 is damaged; delete it to use the one before" in text
+    shutil.rmtree(path.parent)
+    assert gsm.main(flags(policy_folder, tmp_path / "run", "--resume")) == 0
+
+
+def test_peak_memory_does_not_grow_with_tokens_times_vocabulary():
+    """Bytes kept for the backward pass, at 64 to 512 completion tokens: as many more as the hidden
+    states need, not as the table of logits would."""
+    policy, kept = make_policy(50_000), {}
+    for tokens in (64, 128, 256, 512):
+        ids, sizes = torch.randint(50_000, (2, tokens + 1)), {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: sizes.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) and x, lambda x: x
+        ):
+            gsm.compute_log_probs(policy, ids, torch.ones_like(ids), tokens, chunk_size=32)
+        kept[tokens] = sum(sizes.values())
+    table = 4 * 2 * (512 - 64) * 50_000  # bytes
+    assert 0 < kept[512] - kept[64] < 0.05 * table
+
+
+# --------------------------------------------------------------------------------------------------
+# Benchmark against TRL: python test_grpo.py --benchmark, with GSM8K=DIR set and TRL installed.
+# Every measurement is a process of its own, ours and theirs in turn; a quarter of an hour on two cores.
+
+
+def make_benchmark_model(folder):
+    """The model of the comparison: hidden 256, 4 layers, vocabulary 32,000, random weights."""
+    lines = Path(GSM8K, "train.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [row["question"] + "\n" + row["answer"] for row in map(json.loads, lines)]
+    tokenizer = gsm.Qwen2Tokenizer(eos_token="<|im_end|>").train_new_from_iterator(
+        texts + [gsm.SYSTEM_PROMPT], vocab_size=32_000, new_special_tokens=["<|im_start|>"], show_progress=False
+    )
+    tokenizer.chat_template = gsm.CHAT_TEMPLATE
+    torch.manual_seed(0)
+    ends = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    gsm.Qwen2ForCausalLM(qwen(256, 1024, 4, 4, 2, 32_000, **ends)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def noise(texts):
+    """A reward for nothing, so that a random model has groups with a spread, and all is computed."""
+    return [random.Random(text).random() for text in texts]
+
+
+def measure(what, folder, length, steps):
+    """Seconds of each step (4 prompts × 8 completions) and the peak memory of this process, in bytes."""
+    rows = gsm.load_rows(f"{GSM8K}/train.jsonl")[: 4 * steps]
+    tokenizer, _ = gsm.load_tokenizer(folder)
+    policy, seconds = gsm.load_policy(folder, "cpu").train(), []
+    prompts = [gsm.build_prompt(row["question"], tokenizer) for row in rows]
+    settings = gsm.Settings(
+        batch_size=4, num_generations=8, max_completion_length=length, beta=0.0, learning_rate=1e-6, loss_type="dapo"
+    )
+    clean = dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=length,
+                 eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    if what == "ours":
+        gsm.combined_reward = lambda texts, answers: noise(texts)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+
+        def step(i):
+            record, _ = gsm.take_step(policy, None, tokenizer, optimizer, rows[4 * i : 4 * i + 4], i, settings)
+            assert record["grad_norm"] > 0 and record["completion_length"] > 0.9 * length
+    elif what == "TRL":
+        import datasets
+        import trl
+        from transformers import TrainerCallback
+
+        class Clock(TrainerCallback):
+            def on_step_begin(self, *arguments, **options):
+                self.started = time.perf_counter()
+
+            def on_step_end(self, *arguments, **options):
+                seconds.append(time.perf_counter() - self.started)
+
+        policy.generation_config = gsm.transformers.GenerationConfig(**{k: v for k, v in clean.items() if "token_id" in k})
+        config = trl.GRPOConfig(
+            output_dir=str(Path(folder) / "trl"), per_device_train_batch_size=32, num_generations=8, max_completion_length=length,
+            beta=0.0, learning_rate=1e-6, temperature=1.0, top_k=0, top_p=1.0, use_cpu=True, bf16=False, max_steps=steps,
+            gradient_checkpointing=False, save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
+        )
+        trl.GRPOTrainer(
+            model=policy, args=config, train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+            processing_class=tokenizer, reward_funcs=lambda prompts, completions, **rest: noise(completions), callbacks=[Clock()],
+        ).train()
+        step = None
+    else:
+        policy.eval()
+        ids, mask = gsm.encode_prompts(tokenizer, prompts[:4])
+        plain = [row[m == 1].tolist() for row, m in zip(ids, mask) for _ in range(8)]
+        config = gsm.transformers.GenerationConfig(**clean)
+        step = {
+            "the loop of this script": lambda i: gsm.generate_completions(policy, tokenizer, prompts[:4], 8, length),
+            "transformers, generate()": lambda i: policy.generate(
+                ids, attention_mask=mask, generation_config=config, num_return_sequences=8
+            ),
+            "transformers, continuous batching": lambda i: policy.generate_batch(plain, generation_config=config),
+        }[what]
+    for i in range(steps if step else 0):
+        started = time.perf_counter()
+        step(i)
+        seconds.append(time.perf_counter() - started)
+    import resource
+
+    return {"what": what, "tokens": length, "seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def format_benchmark(rows):
+    """The tables of the benchmark as Markdown."""
+
+    def chosen(what, tokens):
+        return [row for row in rows if row["what"] == what and row["tokens"] == tokens]
+
+    def seconds(what):
+        return statistics.median(x for row in chosen(what, 128) for x in row["seconds"][1:])
+
+    def peak(what, tokens):
+        return max(row["peak"] for row in chosen(what, tokens)) / 1e9
+
+    lines = ["| 4 prompts × 8 completions × 128 tokens | one step, s | peak memory, GB |", "| --- | --- | --- |"]
+    lines += [f"| {what} | {seconds(what):.1f} | {peak(what, 128):.2f} |" for what in ("ours", "TRL")]
+    lines.append(f"| ours / TRL | {seconds('ours') / seconds('TRL'):.2f} | {peak('ours', 128) / peak('TRL', 128):.2f} |")
+    lines += ["", "| peak memory of a step, GB | 64 tokens | 128 | 256 | 512 |", "| --- | --- | --- | --- | --- |"]
+    lines += [
+        f"| {what} | " + " | ".join(f"{peak(what, n):.2f}" if chosen(what, n) else "not run" for n in (64, 128, 256, 512)) + " |"
+        for what in ("ours", "TRL")
+    ]
+    lines += ["", "| sampling 32 × 128 tokens | s |", "| --- | --- |"]
+    samplers = ("the loop of this script", "transformers, generate()", "transformers, continuous batching")
+    lines += [f"| {what} | {seconds(what):.1f} |" if chosen(what, 128) else f"| {what} | failed |" for what in samplers]
+    return "\n".join(lines)
+
+
+def benchmark(folder):
+    """Measure everything; write results/gsm8k/benchmark.json and benchmark.md."""
+    make_benchmark_model(folder)
+    jobs = [(what, 128, 4) for _ in range(3) for what in ("ours", "TRL")]
+    jobs += [(what, n, 1) for n in (64, 256, 512) for what in ("ours", "TRL") if (what, n) != ("TRL", 512)]  # 25 GB
+    jobs += [(what, 128, 3) for _ in range(2) for what in
+             ("the loop of this script", "transformers, generate()", "transformers, continuous batching")]
+    rows = []
+    for what, length, steps in jobs:
+        arguments = [sys.executable, __file__, "--measure", what, str(folder), str(length), str(steps)]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=900)
+        if done.returncode:
+            print(f"{what}, {length} tokens: failed\n{done.stderr[-500:]}")
+            continue
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print(rows[-1], flush=True)
+    import trl
+
+    out = HERE / "results" / "gsm8k"
+    made = gsm.versions() | {"trl": trl.__version__}
+    (out / "benchmark.json").write_text(json.dumps({"made_with": made, "rows": rows}, indent=1) + "\n")
+    (out / "benchmark.md").write_text(f"# python test_grpo.py --benchmark\n\n{format_benchmark(rows)}\n", encoding="utf-8")
+    print(format_benchmark(rows))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(measure(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))))
+    elif sys.argv[1:] == ["--benchmark"] and GSM8K:
+        with tempfile.TemporaryDirectory() as folder:
+            benchmark(folder)
+    else:
+        sys.exit("python -m pytest test_grpo.py runs the tests; GSM8K=DIR python test_grpo.py --benchmark measures")
