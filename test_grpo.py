@@ -2582,7 +2582,7 @@ def format_benchmark(rows):
 def benchmark(folder):
     """Measure everything; write results/gsm8k/benchmark.json and benchmark.md."""
     make_benchmark_model(folder)
-    jobs = [(what, 128, 4) for _ in range(3) for what in ("ours", "TRL")]
+    jobs = [(what, 128, 3) for _ in range(3) for what in ("ours", "TRL")]
     jobs += [(what, n, 1) for n in (64, 256, 512) for what in ("ours", "TRL") if (what, n) != ("TRL", 512)]  # 25 GB
     jobs += [(what, 128, 3) for _ in range(2) for what in
              ("the loop of this script", "transformers, generate()", "transformers, continuous batching")]
