@@ -2136,8 +2136,21 @@ def test_the_study_compares_all_variants_and_writes_its_table(policy_folder, tmp
     ("--eval-only --eval-examples 0 --device cpu", "leaves nothing to do"),
     ("--device cpu --model {data}/model --train-file {data}/train.jsonl --output-dir {tmp}/e", "exceed the model's context of 256 tokens"),
     ("--unknown", "unrecognized arguments: --unknown"),
+    ("--device cpu --train-file {tmp}/empty.jsonl --output-dir {tmp}/f", "empty.jsonl: no rows"),
+    ("--device cpu --train-file {tmp}/broken.jsonl --output-dir {tmp}/g", "broken.jsonl:2: not JSON"),
+    ("--device cpu --train-file {tmp}/broken.jsonl --output-dir /proc/no/way", "can't be written"),
+    ("--device cpu --model {tmp}/bare --train-file {data}/train.jsonl --output-dir {tmp}/h", "no chat template"),
+    ("--device cpu --model {tmp}/endless --train-file {data}/train.jsonl --output-dir {tmp}/i", "no end token"),
 ])
-def test_the_command_line_refuses_before_any_work(policy_folder, tmp_path, capsys, arguments, message):
+def test_the_command_line_refuses_before_any_work(policy_folder, tmp_path, capsys, monkeypatch, arguments, message):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "broken.jsonl").write_text((policy_folder / "train.jsonl").read_text().split("\n")[0] + "\n{")
+    for name, change in (("bare", "chat_template"), ("endless", "eos_token")):
+        changed, _ = gsm.load_tokenizer(policy_folder / "model")
+        setattr(changed, change, None)
+        changed.save_pretrained(tmp_path / name)
+        (tmp_path / name / "config.json").write_text((policy_folder / "model" / "config.json").read_text())
+    monkeypatch.setattr(gsm, "load_policy", lambda *a: pytest.fail("the model was loaded"))
     with pytest.raises(SystemExit) as error:
         gsm.main(arguments.format(data=policy_folder, tmp=tmp_path).split())
     printed = capsys.readouterr()
