@@ -883,6 +883,23 @@ def test_tables_and_findings_are_those_of_the_results():
     assert len(gs.findings(rows)) == len(gs.FINDINGS)
 
 
+def test_the_committed_benchmark_meets_the_targets():
+    """At most half of TRL's time and a third of its memory; sampling by the faster of three ways."""
+    rows = json.loads((HERE / "results" / "gsm8k" / "benchmark.json").read_text())["rows"]
+
+    def median(what):
+        return statistics.median(x for row in rows if row["what"] == what and row["tokens"] == 128 for x in row["seconds"][1:])
+
+    def peak(what, tokens=128):
+        return max(row["peak"] for row in rows if row["what"] == what and row["tokens"] == tokens)
+
+    assert median("ours") <= median("TRL") / 2 and peak("ours") <= peak("TRL") / 3
+    assert median("the loop of this script") <= 1.1 * median("transformers, generate()")
+    table = 4 * 32 * (512 - 64) * 32_000  # bytes of the logits that 448 more tokens would add
+    assert peak("ours", 512) - peak("ours", 64) < table / 2
+    assert format_benchmark(rows) in (HERE / "results" / "gsm8k" / "benchmark.md").read_text(encoding="utf-8")
+
+
 def test_the_numbers_in_the_readme_are_those_of_the_results():
     tables = (RESULTS / "tables.md").read_text(encoding="utf-8")
     blocks = re.findall(r"<!-- from (results/\S+) -->\n(.*?)<!-- end -->", README, re.S)
