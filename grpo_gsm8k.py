@@ -1108,8 +1108,9 @@ def write_atomically(folder, fill):
         temporary.rename(folder)
         shutil.rmtree(folder.with_name(folder.name + ".old"), ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(folder.parent).free / 1e9  # the libraries' own words can be obscure
         shutil.rmtree(temporary, ignore_errors=True)
-        raise TrainingStopped(f"can't write {folder}: {error}") from error
+        raise TrainingStopped(f"can't write {folder}, {free:.1f} GB free there: {error}") from error
 
 
 def save_checkpoint(model, optimizer, reference, step, settings):
@@ -2180,7 +2181,7 @@ def main(argv=None):
         except ValueError as error:
             parser.error(str(error))
         status = run_study(settings) if settings.study else run(settings, *job)
-    except TrainingStopped as error:
+    except (TrainingStopped, OSError) as error:  # OSError: a line of metrics on a full disk, say
         parser.exit(1, f"grpo_gsm8k.py: {error}\n")
     except KeyboardInterrupt:
         return 130

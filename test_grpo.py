@@ -1903,6 +1903,32 @@ def test_a_run_gives_up_when_nothing_is_finite_any_more(policy_folder, tmp_path,
     assert [line["skipped_updates"] for line in steady(tmp_path / "run")] == [1, 1, 1]
 
 
+def test_the_saved_model_is_the_last_good_one(policy_folder, tmp_path, monkeypatch, capsys):
+    """Logits go bad after step 2: two steps are left out and still saved, the third ends the run."""
+    generate, calls = gsm.generate_completions, []
+
+    def breaks(*arguments, **options):
+        calls.append(1)
+        if len(calls) > 2:
+            raise FloatingPointError("the model's logits are not finite")
+        return generate(*arguments, **options)
+
+    options = ("--num-steps", "9", "--save-every", "1", "--eval-examples", "0", "--learning-rate", "0.01", "--reward", "format")
+    good = flags(policy_folder, tmp_path / "good", *options)
+    good[good.index("9")] = "2"
+    assert gsm.main(good) == 0
+    monkeypatch.setattr(gsm, "generate_completions", breaks)
+    with pytest.raises(SystemExit) as error:
+        gsm.main(flags(policy_folder, tmp_path / "bad", *options))
+    assert error.value.code == 1 and "step 5: the 3 last steps" in capsys.readouterr().err
+    saved, last_good = (
+        gsm.load_policy(policy_folder / "model", "cpu") for _ in range(2)
+    )
+    gsm.load_safetensors(saved, str(tmp_path / "bad" / "checkpoints" / "step-000004" / "model.safetensors"))
+    gsm.load_safetensors(last_good, str(tmp_path / "good" / "checkpoints" / "step-000002" / "model.safetensors"))
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), last_good.parameters()))
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoint(policy_folder, tmp_path, monkeypatch, capsys):
     save = torch.save
 
