@@ -2442,22 +2442,36 @@ def wait_for(condition, process, seconds=120):
 
 
 def test_kill_9_loses_no_more_than_the_steps_since_the_last_checkpoint(policy_folder, tmp_path):
-    """Killed twice, once while a checkpoint is being written; the metrics are those of a run that
-    nobody disturbed."""
+    """Killed twice, in the middle of step 4 and with half of checkpoint 6 written; the metrics are
+    those of a run that nobody disturbed."""
     options = ("--num-steps", "8", "--save-every", "1", "--beta", "0.1")
     assert gsm.main(flags(policy_folder, tmp_path / "whole", *options)) == 0
     out = tmp_path / "killed"
-    metrics = out / "metrics.jsonl"
-    process = start_run(flags(policy_folder, out, *options))
-    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, process)
-    process.kill()
-    process.communicate()
-    done = gsm.find_checkpoint(gsm.Settings(**settings_of(out)))[1]
-    process = start_run(flags(policy_folder, out, *options, "--resume"))
-    wait_for(lambda: list((out / "checkpoints").glob(f"step-{done + 2:06d}.tmp/*")), process)
-    process.kill()
-    process.communicate()
-    assert 1 <= done < gsm.find_checkpoint(gsm.Settings(**settings_of(out)))[1] + 1 < 8
+    kill = "gsm.os.kill(gsm.os.getpid(), gsm.signal.SIGKILL)"
+    in_step = f"""
+reward = gsm.combined_reward
+calls = []
+def dies(*arguments):
+    calls.append(1)
+    if len(calls) == 5:  # the worked example is the first
+        {kill}
+    return reward(*arguments)
+gsm.combined_reward = dies
+"""
+    in_save = f"""
+save = gsm.torch.save
+def dies(state, path):
+    save(state, path)
+    if "step-000006" in str(path):
+        {kill}
+gsm.torch.save = dies
+"""
+    for code, last, resume in ((in_step, 3, ()), (in_save, 5, ("--resume",))):
+        process = start_run(flags(policy_folder, out, *options, *resume), code=code)
+        printed = process.communicate(timeout=120)[0]
+        assert process.returncode == -signal.SIGKILL, printed
+        assert gsm.find_checkpoint(gsm.Settings(**settings_of(out)))[1] == last
+    assert list((out / "checkpoints").glob("step-000006.tmp/*"))
     assert gsm.main(flags(policy_folder, out, *options, "--resume")) == 0
     assert steady(out) == steady(tmp_path / "whole")
     for name in ("eval.jsonl", "samples.jsonl"):
