@@ -1718,7 +1718,7 @@ def draw_curves(folder):
 # combinations, for each template. The test is whether known steps combine for new numbers.
 
 REHEARSAL = dict(
-    output_dir="runs/rehearsal", num_steps=80, batch_size=32, num_generations=8, beta=0.0,
+    output_dir="runs/rehearsal", num_steps=40, batch_size=32, num_generations=8, beta=0.0,
     max_completion_length=48, learning_rate=5e-5, micro_batch_size=128, eval_every=10,
     save_every=20, device="cpu",
 )
@@ -2162,7 +2162,8 @@ def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.rehearsal or args.study:
-        parser.set_defaults(**REHEARSAL | ({"output_dir": "runs/study"} if args.study else {}))
+        longer = {"output_dir": "runs/study", "num_steps": 80} if args.study else {}
+        parser.set_defaults(**REHEARSAL | longer)
         args = parser.parse_args(argv)
     settings = Settings(**vars(args))
     try:
