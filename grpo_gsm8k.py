@@ -1108,7 +1108,8 @@ def write_atomically(folder, fill):
         temporary.rename(folder)
         shutil.rmtree(folder.with_name(folder.name + ".old"), ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(folder.parent).free / 1e9  # the libraries' own words can be obscure
+        # Said here, because the libraries' own words for a full disk can be obscure.
+        free = shutil.disk_usage(folder.parent).free / 1e9
         shutil.rmtree(temporary, ignore_errors=True)
         raise TrainingStopped(f"can't write {folder}, {free:.1f} GB free there: {error}") from error
 
@@ -1892,7 +1893,7 @@ STUDY_SEEDS = (0, 1, 2)
 def run_study(settings, results=Path("results/gsm8k")):
     """Every variant from the same start, for each seed; figures, table and plot go to `results`.
 
-    Half an hour on two cores. Rows are saved as they come. → exit status
+    About 25 minutes on two cores. Rows are saved as they come. → exit status
     """
     rows, path = [], results / "results.json"
     results.mkdir(parents=True, exist_ok=True)
@@ -2177,7 +2178,7 @@ def main(argv=None):
             if settings.rehearsal and not settings.study:
                 say(f"{worked_example()}\n")
             if settings.study and Path(settings.output_dir).exists():
-                raise ValueError(f"--output-dir {settings.output_dir} exists; delete it or name another")
+                raise ValueError(f"--output-dir {settings.output_dir} exists; name another")
             job = None if settings.study else prepare(settings, device)
         except ValueError as error:
             parser.error(str(error))
