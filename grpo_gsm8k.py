@@ -10,12 +10,8 @@
 
 The model reads a word problem, writes its reasoning and an answer in a fixed format, several times
 over, and is told of each whether the answer was right. From that alone it learns. This file holds
-everything that happens in between: rewards, sampling, log-probabilities, advantages, loss, and the
-loop (section 12) that puts them in order. transformers provides model and tokenizer.
-grpo_sort.py explains the same algorithm on a task that fits on a page; read it first if the words
-are new. In short: the policy π is the model in training, π_old the model that sampled, π_ref a
-frozen copy of the model at the start; a group is the completions of one prompt; the advantage Â
-says how much better a completion was than its group (grpo_sort.py calls it delta).
+everything that happens in between: rewards, sampling, advantages, log-probabilities, loss, and the
+loop that puts them in order. transformers provides model and tokenizer.
 
     python grpo_gsm8k.py --rehearsal             all of it in miniature: a CPU, minutes, no download
     python grpo_gsm8k.py                         the full job on one GPU of 80 GB
@@ -23,10 +19,28 @@ says how much better a completion was than its group (grpo_sort.py calls it delt
     python grpo_gsm8k.py --eval-only --model DIR --eval-file test.jsonl
     python grpo_gsm8k.py --help                  every setting
 
-    1 data, prompts       5 log-probabilities    9 settings                 13 rehearsal, study
-    2 outcome rewards     6 advantages          10 processes, checkpoints   14 command line
-    3 step rewards        7 loss                11 evaluation
-    4 sampling            8 worked example      12 training loop
+The algorithm is sections 1 to 10; what makes it a program that one can leave alone comes after.
+
+    1 data, prompts      5 log-probabilities     9 evaluation      12 processes, precision, memory
+    2 rewards            6 loss                 10 training loop   13 checkpoints, signals, logs
+    3 sampling           7 worked example       11 step rewards    14 rehearsal
+    4 advantages         8 settings                                15 command line
+
+grpo_sort.py explains the same algorithm on a task that fits on a page, in the same order (sections
+3 to 7 have the same numbers); read it first if the words are new. In short: the policy π is the
+model in training, π_old the model that sampled, π_ref a frozen copy of the model at the start; a
+group is the completions of one prompt; the advantage Â of a completion says how much better its
+reward was than the group's. What is different here, and why:
+
+    grpo_sort.py                 here                      because
+    response, delta δ            completion, advantage Â   these are the words of language models
+    [batch trial pos]            [row pos]                 transformers takes one leading axis
+    one length, plain means      completion_mask           completions end where the model ends them
+    num_responses, kl_penalty    num_generations, beta     names of TRL and symbols of the paper
+    num_steps_per_epoch          mu
+    KL summed over a response    mean over its tokens      as in the paper, eq. 3
+    std + 1e-5                   std + 1e-4                as in TRL
+    a run axis                   one run, many processes   the model is large
 
 Shapes are written [row pos]: a row is one completion, pos counts tokens. `batch` prompts with
 `trial` = num_generations completions each make batch·trial rows, those of a group one behind the
@@ -34,8 +48,8 @@ other; `vocab` is the vocabulary, `dim` the model's width. → means "returns". 
 get wrong carry a number, (!1) to (!8): the README lists them and test_grpo.py guards each.
 Functions whose docstring says "Needs:" can be copied with no more than what it names.
 
-Where this differs from the GRPO paper (arXiv 2402.03300): rewards, also those of single steps of
-the reasoning, come from rules and not from a trained model.
+One departure from the GRPO paper (arXiv 2402.03300): rewards, also those of single steps of the
+reasoning, come from rules and not from a trained model.
 """
 
 import argparse
@@ -55,7 +69,7 @@ import signal
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from operator import add, mul, sub, truediv
 from pathlib import Path
@@ -80,6 +94,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
 )
+
 
 # ==================================================================================================
 # 1. The data
@@ -169,10 +184,10 @@ def build_prompt(question, tokenizer):
 
 
 # ==================================================================================================
-# 2. Outcome rewards
+# 2. Rewards
 #
 # The reward is a program, not a model: right answers can be checked. It looks at the finished text
-# only, however the model got there:
+# only, however the model got there (outcome supervision; section 11 rewards single steps):
 #
 #     combined = correctness (2.0 same text, 1.5 same number, else 0) + format (4 tags, 0.2 each)
 #
@@ -259,11 +274,956 @@ def combined_reward(completions, answers):
 
 
 # ==================================================================================================
-# 3. Step rewards (process supervision)
+# 3. Sampling
 #
-# Only for --supervision process; a first reading can skip to section 4.
+# The rollout: a group of G = num_generations completions for each prompt, drawn token by token from
 #
-# An outcome reward blames or praises every token alike. Process supervision (arXiv 2402.03300,
+#     π(a | s) = softmax(logits / temperature)      a: the next token, s: prompt and tokens so far
+#
+# and from nothing else, because the ratios of section 6 assume exactly that. A checkpoint brings
+# habits of its own (Qwen2.5-1.5B-Instruct: top_k 20, top_p 0.8, repetition_penalty 1.1, temperature
+# 0.7), and model.generate() follows them unless each is switched off: then the samples come from
+# one distribution and are scored under another. So the loop is written out here. It reads a prompt
+# once for its whole group, keeps the KV cache, and drops rows as they finish.
+
+
+def create_completion_mask(completion_ids, eos_token_ids):
+    """1 up to and including the first end token, 0 behind it.
+
+    (!1) By position, not by comparing with the pad token: pad is often the end token itself, and a
+    model whose end token is outside the mask never learns to stop.
+
+    completion_ids int[row pos], eos_token_ids a list → int[row pos]. Needs: torch.
+    """
+    ends = torch.tensor(eos_token_ids, device=completion_ids.device)  # [end]
+    is_end = torch.isin(completion_ids, ends).int()  # [row pos]
+    ends_before = is_end.cumsum(dim=-1) - is_end  # [row pos]
+    return (ends_before == 0).int()
+
+
+def get_eos_token_ids(model, tokenizer):
+    """Every token that ends a completion: the checkpoint's generation_config and the tokenizer's.
+
+    Qwen2.5 has two. Raises ValueError if there is none.
+    """
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, (list, tuple)) else [ends]
+    ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
+    if not ends:
+        raise ValueError("neither tokenizer nor generation_config has an end token (eos_token_id)")
+    return ends
+
+
+def encode_prompts(tokenizer, prompts):
+    """Prompts padded on the left, so that all end where completions begin.
+
+    → ids, mask int[batch prompt_pos]
+    """
+    encoded = tokenizer(
+        prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+    )
+    return encoded["input_ids"], encoded["attention_mask"]
+
+
+def decode_completions(tokenizer, completion_ids, completion_mask):
+    """→ (texts without special tokens, the tokens inside the mask as lists)"""
+    tokens = [row[: int(n)].tolist() for row, n in zip(completion_ids, completion_mask.sum(dim=-1))]
+    texts = tokenizer.batch_decode(
+        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return texts, tokens
+
+
+class Cache(DynamicCache):
+    """Keys and values in the precision that attention will compute with.
+
+    Under autocast the rotary embedding makes them float32, and attention would cast the whole cache
+    again for every token. Cast once, the results are the same in half the memory.
+    """
+
+    def update(self, keys, values, *args, **kwargs):
+        """Called by the model, once a layer and token."""
+        if torch.is_autocast_enabled(keys.device.type):
+            dtype = torch.get_autocast_dtype(keys.device.type)
+            keys, values = keys.to(dtype), values.to(dtype)
+        return super().update(keys, values, *args, **kwargs)
+
+
+@torch.no_grad()
+def generate_completions(
+    model, tokenizer, prompts, num_generations, max_completion_length,
+    temperature=1.0, eos_token_ids=None, generator=None,
+):
+    """Sample num_generations completions of each prompt; greedy if temperature is 0.
+
+    prompts: texts as build_prompt makes them. Returns prompt_ids, prompt_mask int[row prompt_pos],
+    left-padded, each prompt repeated num_generations times in a row, and completion_ids,
+    completion_mask int[row pos], with pos ≤ max_completion_length. The same generator state gives
+    the same samples. Raises FloatingPointError if the logits are not finite.
+    Needs: torch, torch.nn.functional as F, transformers' DynamicCache; Cache, encode_prompts,
+    create_completion_mask, get_eos_token_ids.
+    """
+    was_training = model.training
+    # (!2) In train mode gradient checkpointing drops the KV cache, and the completions are wrong.
+    model.eval()
+    device = model.device
+    eos_token_ids = eos_token_ids or get_eos_token_ids(model, tokenizer)
+    ends = torch.tensor(eos_token_ids, device=device)  # [end]
+    prompt_ids, prompt_mask = (x.to(device) for x in encode_prompts(tokenizer, prompts))
+    # each [batch prompt_pos]
+
+    # Read the prompts, one pass for a whole group. Positions do not count the padding.
+    positions = (prompt_mask.cumsum(dim=-1) - 1).clamp(min=0)  # [batch prompt_pos]
+    cache = Cache(config=model.config)
+    output = model(
+        prompt_ids, attention_mask=prompt_mask, position_ids=positions,
+        past_key_values=cache, use_cache=True, logits_to_keep=1,
+    )
+    cache.batch_repeat_interleave(num_generations)  # [batch …] → [row …]
+
+    def repeat(x):
+        return x.repeat_interleave(num_generations, dim=0)
+
+    logits = repeat(output.logits[:, -1])  # [row vocab]
+    mask, position = repeat(prompt_mask), repeat(positions[:, -1:])  # [row prompt_pos], [row 1]
+    active = torch.arange(len(mask), device=device)  # [active]: the rows that have not ended
+    completion_ids = torch.full(
+        (len(mask), max_completion_length), tokenizer.pad_token_id, device=device
+    )  # [row pos]
+    for t in range(max_completion_length):
+        logits = logits.float()  # [active vocab]
+        if not torch.isfinite(logits).all():
+            model.train(was_training)
+            raise FloatingPointError("the model's logits are not finite")
+        if temperature == 0:
+            token = logits.argmax(dim=-1, keepdim=True)  # [active 1]
+        else:
+            # The first token where the cumulative probability exceeds a uniform number. (The same
+            # as torch.multinomial, which draws a random number for every entry of the vocabulary.)
+            probs = (logits / temperature).softmax(dim=-1)  # [active vocab]
+            cumulative = probs.cumsum(dim=-1, dtype=torch.float64)  # [active vocab]
+            uniform = torch.rand(
+                len(probs), 1, dtype=torch.float64, device=device, generator=generator
+            )  # [active 1]
+            token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+            token = token.clamp(max=probs.shape[1] - 1)  # [active 1], should rounding reach the end
+        completion_ids[active, t] = token[:, 0]
+        going = (~torch.isin(token[:, 0], ends)).nonzero()[:, 0]  # indices into active
+        if len(going) == 0 or t == max_completion_length - 1:
+            break
+        if len(going) < len(active):  # rows that have ended are dropped, from the cache too
+            cache.batch_select_indices(going)
+            active, mask, position, token = (x[going] for x in (active, mask, position, token))
+        mask = F.pad(mask, (0, 1), value=1)  # [active prompt_pos+t+1]
+        position = position + 1  # [active 1]
+        logits = model(
+            token, attention_mask=mask, position_ids=position,
+            past_key_values=cache, use_cache=True,
+        ).logits[:, -1]  # [active vocab]
+    model.train(was_training)
+    completion_ids = completion_ids[:, : t + 1]  # [row pos]
+    completion_mask = create_completion_mask(completion_ids, eos_token_ids)  # [row pos]
+    return repeat(prompt_ids), repeat(prompt_mask), completion_ids, completion_mask
+
+
+# ==================================================================================================
+# 4. Advantages
+#
+# How much better a completion was than the others of its group. PPO trains a second network to say
+# what reward was to be expected; GRPO takes the mean of the group. (grpo_sort.py compares these.)
+#
+#     normalized         (r − mean) / (std + 1e-4)     GRPO, arXiv 2402.03300, section 4.1.2
+#     centered           r − mean                      Dr. GRPO, arXiv 2503.20783
+#     leave_one_out      r − mean of the others        RLOO, arXiv 2402.14740
+#     batch_normalized   (r − mean) / (std of the batch's rewards + 1e-4)   arXiv 2508.08221
+#
+# A group whose rewards are all equal has advantages of 0 and teaches nothing: a silent group. The
+# 1e-4, as in TRL, keeps a tiny spread from being blown up.
+
+ADVANTAGES = ("normalized", "centered", "leave_one_out", "batch_normalized")
+
+
+def compute_advantages(rewards, mode="normalized"):
+    """One advantage for each completion.
+
+    rewards float[batch trial], a group to a line → the same shape. Raises ValueError for an unknown
+    mode, another shape, or groups of one. Needs: torch, ADVANTAGES.
+    """
+    if mode not in ADVANTAGES:
+        raise ValueError(f"mode {mode!r} is unknown; it may be {', '.join(ADVANTAGES)}")
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        raise ValueError(
+            "rewards must be [batch num_generations] with num_generations at least 2, "
+            f"not {list(rewards.shape)}"
+        )
+    rewards = rewards.float()
+    mean = rewards.mean(dim=-1, keepdim=True)  # [batch 1]
+    # (!3) The float32 mean of equal rewards may differ from them by rounding: exactly 0 instead.
+    equal = rewards.amax(dim=-1, keepdim=True) == rewards.amin(dim=-1, keepdim=True)  # [batch 1]
+    centered = (rewards - mean).masked_fill(equal, 0.0)  # [batch trial]
+    if mode == "centered":
+        return centered
+    if mode == "normalized":
+        return centered / (rewards.std(dim=-1, keepdim=True) + 1e-4)
+    if mode == "leave_one_out":
+        return centered * rewards.shape[1] / (rewards.shape[1] - 1)
+    return centered / (rewards.std() + 1e-4)
+
+
+def compute_process_advantages(step_rewards, completion_mask, num_generations=None):
+    """Advantages of tokens from rewards of steps: GRPO, arXiv 2402.03300, section 4.1.3.
+
+    The rewards of all reasoning steps of a group are normalised together; the advantage of a token
+    is the sum of those of its own and later steps. Every step that holds adds a positive term, so
+    writing more of them pays too.
+
+    step_rewards: for each row its steps as (end token index, reward); completion_mask int[row pos];
+    num_generations: consecutive rows that are a group, None for all → float[row pos], on the mask's
+    device. Raises ValueError if the rows do not fit. Needs: torch.
+    """
+    rows, size = len(completion_mask), num_generations or len(completion_mask)
+    if len(step_rewards) != rows or rows % size:
+        raise ValueError(
+            f"step_rewards has {len(step_rewards)} rows, completion_mask {rows}; "
+            f"both must be the same multiple of num_generations ({size})"
+        )
+    advantages = torch.zeros(completion_mask.shape)  # [row pos]
+    for first in range(0, rows, size):
+        group = range(first, first + size)
+        rewards = [reward for row in group for _, reward in step_rewards[row]]
+        rewards = torch.tensor(rewards)  # [step], of the reasoning
+        if len(rewards) < 2 or rewards.max() == rewards.min():
+            continue
+        mean, std = rewards.mean().item(), rewards.std().item()
+        for row in group:
+            for end, reward in step_rewards[row]:
+                advantages[row, : end + 1] += (reward - mean) / (std + 1e-4)
+    return advantages.to(completion_mask.device) * completion_mask
+
+
+# ==================================================================================================
+# 5. Log-probabilities
+#
+# The same log π(a_t | s, a_<t) that was sampled from, now with gradients and all positions at once.
+# Logits are the largest tensor of the whole job: one number for each of 151,936 vocabulary entries
+# and each token, 0.6 MB a token in float32, so 2 GB for the 8 completions of a micro-batch, and
+# several times that in the backward pass. But only one number per token is needed. So the output
+# layer is applied to a chunk of tokens at a time, and applied again in the backward pass rather
+# than remembered: memory depends on the size of the chunk only.
+
+
+def selective_log_softmax(logits, ids):
+    """log softmax(logits) at ids, without the table of all the others: logit − log Σ exp(logits).
+
+    logits float[… vocab], ids int[…] → float[…], at least float32. Needs: torch.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # [… vocab]
+    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+
+
+def compute_log_probs(
+    model, input_ids, attention_mask, logits_to_keep, temperature=1.0, chunk_size=512
+):
+    """The log-probability of each of the last logits_to_keep tokens, given all before it.
+
+    input_ids, attention_mask int[row pos], prompt and completion; padding may stand on both sides,
+    and its own log-probabilities mean nothing. temperature is that of the sampling, chunk_size a
+    number of tokens. → float32[row logits_to_keep]. Raises ValueError if logits_to_keep does not
+    leave a token to start from. Needs: torch, torch.utils.checkpoint, selective_log_softmax.
+    """
+    if not 0 < logits_to_keep < input_ids.shape[1]:
+        raise ValueError(
+            f"logits_to_keep must be between 1 and {input_ids.shape[1] - 1}, not {logits_to_keep}"
+        )
+    positions = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)  # [row pos]
+    hidden = model.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+    ).last_hidden_state  # [row pos dim]
+    # (!4) The output at position t predicts token t + 1.
+    hidden = hidden[:, -logits_to_keep - 1 : -1].flatten(0, 1)  # [row*kept dim]
+    targets = input_ids[:, -logits_to_keep:].flatten()  # [row*kept]
+    head = model.get_output_embeddings()
+
+    def score(hidden, targets):
+        logits = head(hidden).float()  # [chunk vocab]
+        if temperature != 1:  # saves a pass over the largest tensor
+            logits = logits / temperature
+        return selective_log_softmax(logits, targets)  # [chunk]
+
+    log_probs = [
+        checkpoint(score, h, t, use_reentrant=False)
+        for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size))
+    ]
+    return torch.cat(log_probs).view(len(input_ids), logits_to_keep)  # [row kept]
+
+
+# ==================================================================================================
+# 6. The loss
+#
+# With ρ = exp(log π − log π_old), the ratio to the policy that sampled, the loss of a token is
+#
+#     ℓ = −min(ρ Â, clip(ρ, 1 − ε, 1 + ε_high) Â) + β k3        GRPO, arXiv 2402.03300, eq. 3
+#     k3 = exp(log π_ref − log π) − (log π_ref − log π) − 1      eq. 4: KL to the reference model
+#
+# ρ matters when µ > 1 updates are made on the same samples: once it has passed 1 + ε_high with
+# Â > 0, or 1 − ε with Â < 0, the token is not pushed any further; the minimum keeps the way back
+# open. In the first update, the only one by default (µ = 1), ρ = 1 and nothing is clipped. There
+# the value of the loss says little: with loss type grpo it is minus the mean advantage, 0, plus
+# β k3. Its gradient, −Â ∇log π, is what teaches. cispo clips the weight of the push instead:
+#
+#     ℓ = −stop_gradient(min(ρ, 1 + ε_high)) Â log π             CISPO, arXiv 2506.13585, section 3
+#
+# importance_sampling_level="sequence" replaces every ρ of a completion by the geometric mean of
+# them (GSPO, arXiv 2507.18071, eq. 7). How the tokens of all rows are averaged is its own choice:
+#
+#     grpo      mean over rows of each row's mean     a token of a long completion counts less
+#     dapo      Σ ℓ / all tokens of the batch         every token counts the same (2503.14476)
+#     dr_grpo   Σ ℓ / (rows · max_completion_length)  the same, over a constant (2503.20783)
+#     cispo     as dapo
+#
+# k3 is one of three estimators (grpo_sort.py, section 8). A batch may reach the loss in parts
+# (micro-batches, processes); whoever adds them up has to divide by the totals of all parts.
+
+LOSS_TYPES, LEVELS = ("grpo", "dapo", "dr_grpo", "cispo"), ("token", "sequence")
+
+
+def grpo_loss(
+    log_probs, old_log_probs, ref_log_probs, advantages, completion_mask,
+    *, epsilon=0.2, epsilon_high=None, beta=0.04, loss_type="grpo",
+    importance_sampling_level="token", max_completion_length=None, num_items=None,
+):
+    """The loss to minimise and what to log of it → (scalar, dict of detached scalars)
+
+    log_probs, old_log_probs, ref_log_probs float[row pos] (the last may be None if beta is 0);
+    advantages float[row] or [row pos]; completion_mask [row pos]. epsilon_high None: epsilon.
+    max_completion_length is dr_grpo's constant; num_items the number of completion tokens to divide
+    by in dapo and cispo if these rows are only part of a batch; None: those of completion_mask.
+    The metrics are means over the tokens: kl (k3; only if beta is not 0), ratio, and the shares
+    clip_fraction_low and clip_fraction_high whose gradient the clip has cut.
+    Raises ValueError for names and shapes that do not fit. Needs: torch, LOSS_TYPES, LEVELS.
+    """
+    for name, value, choices in (
+        ("loss_type", loss_type, LOSS_TYPES),
+        ("importance_sampling_level", importance_sampling_level, LEVELS),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} {value!r} is unknown; it may be {', '.join(choices)}")
+    if loss_type == "dr_grpo" and not max_completion_length:
+        raise ValueError("loss_type 'dr_grpo' needs max_completion_length")
+    if beta and ref_log_probs is None:
+        raise ValueError("beta is not 0, so ref_log_probs is needed")
+    if advantages.dim() == 1:
+        advantages = advantages.unsqueeze(-1)  # [row 1]
+    rows, length = log_probs.shape
+    for name, tensor, shapes in (
+        ("old_log_probs", old_log_probs, [(rows, length)]),
+        ("ref_log_probs", ref_log_probs if beta else log_probs, [(rows, length)]),
+        ("advantages", advantages, [(rows, 1), (rows, length)]),
+        ("completion_mask", completion_mask, [(rows, length)]),
+    ):
+        if tuple(tensor.shape) not in shapes:
+            raise ValueError(f"{name} is {list(tensor.shape)}, but log_probs {[rows, length]}")
+    epsilon_high = epsilon if epsilon_high is None else epsilon_high
+    mask = completion_mask.to(log_probs.dtype)  # [row pos]
+    padding = completion_mask == 0
+    row_tokens = mask.sum(dim=-1, keepdim=True).clamp(min=1)  # [row 1]
+
+    # (!5) Padding is removed before exp(): 0 · inf is not 0.
+    log_ratio = (log_probs - old_log_probs.detach()).masked_fill(padding, 0)  # [row pos]
+    if importance_sampling_level == "sequence":
+        log_ratio = log_ratio.sum(dim=-1, keepdim=True) / row_tokens  # [row 1]
+    ratio = log_ratio.exp()  # [row pos] or [row 1]
+    if loss_type == "cispo":
+        weight = ratio.detach().clamp(max=1 + epsilon_high)  # [row pos] or [row 1]
+        token_loss = -weight * advantages * log_probs.masked_fill(padding, 0)  # [row pos]
+    else:
+        clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)  # [row pos] or [row 1]
+        token_loss = -torch.minimum(ratio * advantages, clipped * advantages)  # [row pos]
+    metrics = {}
+    if beta:
+        x = (ref_log_probs.detach() - log_probs).masked_fill(padding, 0)  # [row pos]
+        kl = x.exp() - x - 1  # [row pos]
+        token_loss = token_loss + beta * kl
+        metrics["kl"] = (kl * mask).sum() / mask.sum().clamp(min=1)
+    token_loss = token_loss * mask  # [row pos]
+
+    if loss_type == "grpo":
+        loss = (token_loss.sum(dim=-1, keepdim=True) / row_tokens).mean()
+    elif loss_type == "dr_grpo":
+        loss = token_loss.sum() / (len(mask) * max_completion_length)
+    else:
+        loss = token_loss.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
+
+    high, low = ratio > 1 + epsilon_high, ratio < 1 - epsilon  # [row pos] or [row 1]
+    if loss_type == "cispo":  # clips the weight whatever the advantage, and at the top only
+        low = torch.zeros_like(low)
+    else:
+        high, low = high & (advantages > 0), low & (advantages < 0)
+    for name, value in (("ratio", ratio), ("clip_fraction_low", low), ("clip_fraction_high", high)):
+        metrics[name] = (value * mask).sum() / mask.sum().clamp(min=1)
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+# ==================================================================================================
+# 7. A worked example, to follow with a pencil
+#
+# One question, four completions; from text to loss. The rehearsal prints it before it trains.
+
+
+def worked_example():
+    """The text of the example: four completions, their rewards and advantages of every kind."""
+    answer = "72"  # 48 clips in April, half as many in May: how many in all?
+    reasoning = ("48/2 = 24\n48+24 = 72", "48/2 = 24\n48+24 = 73", "48/2 = 26\n48+26 = 74")
+    completions = [
+        f"<reasoning>\n{lines}\n</reasoning>\n<answer>\n{lines[-2:]}\n</answer>"
+        for lines in reasoning
+    ]
+    completions.append("72")  # right, but without the tags nobody can see that
+    rewards = torch.tensor([combined_reward(completions, [answer] * 4)])  # [batch=1 trial]
+    table = {"reward": rewards} | {mode: compute_advantages(rewards, mode) for mode in ADVANTAGES}
+    table = {name: [f"{x:.2f}" for x in row[0].tolist()] for name, row in table.items()}
+    # Process supervision, as if every character were a token.
+    steps = [
+        [(end - 1, reward) for end, reward in step_rewards(completion, answer)]
+        for completion in completions
+    ]
+    mask = torch.ones(4, max(len(completion) for completion in completions))  # [row pos]
+    by_token = compute_process_advantages(steps, mask)  # [row pos]
+    table["step rewards"] = [" ".join(f"{reward:.0f}" for _, reward in row) for row in steps]
+    table["process"] = [
+        " ".join(f"{by_token[i, end]:+.1f}" for end, _ in row) for i, row in enumerate(steps)
+    ]
+    heads = [*(lines.replace("\n", ", ") for lines in reasoning), "only 72"]
+    lines = [f"{'':18}" + "".join(f"{head:>24}" for head in heads)]
+    lines += [f"{name:18}" + "".join(f"{x:>24}" for x in row) for name, row in table.items()]
+    return "\n".join(lines)
+
+
+# ==================================================================================================
+# 8. Settings
+#
+# Each has its flag on the command line: num_steps is --num-steps. The tutorial whose task and
+# rewards these are (A. Burkov, github.com/aburkov/theLMbook, GRPO from scratch on several GPUs)
+# gives 1 iteration, 500 steps of 7 prompts (on 8 GPUs), 12 completions, 400 tokens, β 0.04, µ 1.
+# Different here are
+#
+#     8 prompts, which 2, 4 and 8 GPUs can share evenly
+#     ε 0.2 instead of 0.1: that of PPO's paper (arXiv 1707.06347)
+#     learning rate 2e-6 instead of 5e-6. The tutorial keeps weights in bfloat16, which rounds small
+#         updates away and so needs larger ones; here they are float32 (section 12). On this model
+#         and task 6e-6 on float32 does about what 1.7e-5 does on bfloat16, a third
+#         (github.com/areal-project/AReaL, pull request 1634).
+#     gradient norm 1 instead of 0.1: AdamW divides out a constant scale; a bound that nearly every
+#         step exceeds would give each step another.
+
+REWARDS, SUPERVISION = ("combined", "correctness", "format"), ("outcome", "process")
+
+
+def setting(default, text, **argparse_options):
+    """A field of Settings with the help line of its flag."""
+    return field(default=default, metadata={"help": text, **argparse_options})
+
+
+@dataclass
+class Settings:
+    model: str = setting("Qwen/Qwen2.5-1.5B-Instruct", "hub name or local folder")
+    train_file: str | None = setting(None, "JSONL to train on; default: openai/gsm8k from the hub")
+    eval_file: str | None = setting(
+        None, "JSONL to evaluate on; default: GSM8K's test split, or a tenth of --train-file"
+    )
+    output_dir: str = setting("runs/gsm8k", "folder for metrics, checkpoints, final model")
+    # the algorithm
+    num_iterations: int = setting(1, "rounds of --num-steps; each renews the reference model")
+    num_steps: int = setting(500, "steps a round; each samples once, then makes --mu updates")
+    batch_size: int = setting(8, "prompts a step, over all processes together")
+    num_generations: int = setting(12, "completions of each prompt: the group size G")
+    max_completion_length: int = setting(400, "tokens, at most")
+    temperature: float = setting(1.0, "of the sampling and of the probabilities learned from")
+    reward: str = setting("combined", "for outcome supervision", choices=REWARDS)
+    supervision: str = setting("outcome", "reward the answer, or steps", choices=SUPERVISION)
+    advantage: str = setting("normalized", "for outcome supervision", choices=ADVANTAGES)
+    loss_type: str = setting("grpo", "how tokens are averaged, and cispo", choices=LOSS_TYPES)
+    importance_sampling_level: str = setting("token", "of the ratio", choices=LEVELS)
+    epsilon: float = setting(0.2, "ε: clip range")
+    epsilon_high: float | None = setting(None, "upper clip range; default: as --epsilon")
+    beta: float = setting(0.04, "β: weight of the KL penalty; 0 holds no reference model")
+    mu: int = setting(1, "µ: updates on the same samples")
+    # the optimizer
+    learning_rate: float = setting(2e-6, "of AdamW, constant")
+    max_grad_norm: float = setting(1.0, "longer gradients are scaled down to it")
+    micro_batch_size: int = setting(8, "completions in one forward and backward pass: memory")
+    gradient_checkpointing: bool = setting(False, "less memory, about a third more computation")
+    # around it
+    eval_examples: int | None = setting(None, "evaluate the first N rows only; 0: none")
+    eval_every: int = setting(100, "steps between evaluations; 0: only before and after")
+    save_every: int = setting(50, "steps between checkpoints; the last two are kept")
+    resume: bool = setting(False, "go on from the last checkpoint in --output-dir")
+    eval_only: bool = setting(False, "evaluate the model and leave")
+    rehearsal: bool = setting(False, "the whole job in miniature, on a CPU, nothing to download")
+    seed: int = setting(0, "the same seed gives the same run (on a GPU: but for rounding)")
+    device: str = setting("auto", "auto needs a GPU", choices=("auto", "cpu", "cuda"))
+
+
+# A resumed run may change these; any other would make it another run.
+FREE_TO_CHANGE = (
+    "output_dir", "num_steps", "eval_file", "eval_examples", "eval_every", "save_every", "resume",
+    "micro_batch_size", "gradient_checkpointing", "eval_only",
+)
+
+
+def check_settings(settings):
+    """Raise ValueError for a setting that cannot work, naming its flag and what it may be."""
+    above_zero = 1e-30  # what a number above 0 is at least
+    for name, low, high in (
+        *((name, 1, math.inf) for name in ("num_iterations", "num_steps", "batch_size", "mu")),
+        *((name, 1, math.inf) for name in ("max_completion_length", "micro_batch_size")),
+        ("num_generations", 2, math.inf),
+        *((name, above_zero, math.inf) for name in ("temperature", "learning_rate")),
+        ("max_grad_norm", above_zero, math.inf),
+        ("epsilon", above_zero, 1),
+        ("epsilon_high", above_zero, math.inf),
+        ("beta", 0, math.inf),
+        *((name, 0, math.inf) for name in ("eval_examples", "eval_every")),
+        ("save_every", 1, math.inf),
+        ("seed", 0, 2**63),
+    ):
+        value = getattr(settings, name)
+        if value is not None and not low <= value < high:
+            least = "above 0" if low == above_zero else f"at least {low}"
+            most = "" if high == math.inf else f" and below {high}"
+            raise ValueError(f"--{name.replace('_', '-')} must be {least}{most}, not {value}")
+    for item in fields(settings):
+        choices, value = item.metadata.get("choices"), getattr(settings, item.name)
+        if choices and value not in choices:
+            flag = f"--{item.name.replace('_', '-')}"
+            raise ValueError(f"{flag} may be {', '.join(choices)}, not {value!r}")
+    if settings.reward == "format" and settings.supervision == "process":
+        raise ValueError("--supervision process rewards steps, so --reward format has no meaning")
+
+
+def check_batch_size(settings, train_rows):
+    """Raise ValueError if a step cannot be filled, or not every process would get a prompt."""
+    if not get_world_size() <= settings.batch_size <= len(train_rows):
+        raise ValueError(
+            f"--batch-size {settings.batch_size} must be at least the number of processes "
+            f"({get_world_size()}) and at most the number of training rows ({len(train_rows)})"
+        )
+
+
+# ==================================================================================================
+# 9. Evaluation
+#
+# Greedy, one completion a question, on problems that were not trained on. Two accuracies, because a
+# model can know the answer and not the format: strict wants the right number in the answer tag,
+# lenient takes the last number of the text where the tag has none. What training gains is often
+# strict alone: format, not arithmetic. And n questions are a sample, so an interval belongs to it.
+
+
+def wilson_interval(successes, n, z=1.959964):
+    """The 95 % confidence interval of a rate (Wilson 1927) → (low, high); needs: math."""
+    rate, centre = successes / n, (successes + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(n * rate * (1 - rate) + z * z / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def last_number(text):
+    """The last number of a text, as parse_number reads it → Fraction or None"""
+    pieces = [match.group() for match in SIGNED_NUMBER.finditer(text)]
+    return parse_number(pieces[-1]) if pieces else None
+
+
+def evaluate_model(model, tokenizer, rows, max_completion_length=400, batch_size=64):
+    """Greedy accuracy on rows as load_rows gives them, shared out over the processes.
+
+    → dict: examples, strict and its interval strict_low, strict_high, lenient, format (share with
+    all four tags), finished_fraction (share that ended by itself), mean_length (tokens). Raises
+    ValueError if there are no rows, TrainingStopped if the logits are not finite.
+    """
+    if not rows:
+        raise ValueError("evaluate_model needs at least one row")
+    ends = get_eos_token_ids(model, tokenizer)
+    # Prompts of like length together: less padding.
+    mine = sorted(rows[get_rank() :: get_world_size()], key=lambda row: len(row["question"]))
+    # strict, lenient, format, finished, tokens, and batches that failed
+    counts = torch.zeros(6, dtype=torch.float64)
+    progress = tqdm(total=len(mine), desc="evaluating", leave=False, disable=get_rank() > 0)
+    for first in range(0, len(mine), batch_size):
+        batch = mine[first : first + batch_size]
+        prompts = [build_prompt(row["question"], tokenizer) for row in batch]
+        try:
+            with autocast(model.device):
+                _, _, ids, mask = generate_completions(
+                    model, tokenizer, prompts, 1, max_completion_length, temperature=0
+                )
+        except FloatingPointError:
+            counts[5] = 1
+            break
+        texts, tokens = decode_completions(tokenizer, ids, mask)
+        for row, text, its_tokens in zip(batch, texts, tokens):
+            gold = parse_number(row["answer"])
+            number = parse_number(extract_answer_from_model_output(text) or "")
+            strict = number is not None and number == gold
+            lenient = strict or (number is None and last_number(text) == gold is not None)
+            has_format = format_reward([text])[0] > 0.79  # all four tags, but for rounding
+            finished = its_tokens[-1] in ends
+            counts += torch.tensor([strict, lenient, has_format, finished, len(its_tokens), 0])
+        progress.update(len(batch))
+    progress.close()
+    totals = sum_over_processes(counts, model.device).tolist()
+    strict, lenient, has_format, finished, length, failed = totals
+    if failed:
+        raise TrainingStopped("evaluation: the model's logits are not finite")
+    n = len(rows)
+    low, high = wilson_interval(strict, n)
+    return {
+        "examples": n, "strict": strict / n, "strict_low": low, "strict_high": high,
+        "lenient": lenient / n, "format": has_format / n, "finished_fraction": finished / n,
+        "mean_length": length / n,
+    }
+
+
+def describe_evaluation(result):
+    """One line about what evaluate_model returned."""
+    return (
+        f"{result['strict']:.1%} of {result['examples']} held-out problems right (95 % interval "
+        f"{result['strict_low']:.1%} to {result['strict_high']:.1%}), {result['lenient']:.1%} "
+        f"lenient; {result['format']:.1%} with all tags, {result['mean_length']:.0f} tokens"
+    )
+
+
+# ==================================================================================================
+# 10. The training loop
+#
+# for every step:
+#     rollout: prompts → completions → rewards → advantages      (the policy is π_old)
+#     µ times: log-probabilities now → loss → gradient, all rows → AdamW
+#
+# What metrics.jsonl says, a line a step, and what is normal:
+#
+#     loss                 mean over the µ updates; with µ = 1 near 0 from the first step to the
+#                          last (section 6), and no measure of progress. Watch the reward.
+#     reward_mean          mean reward of this step's completions; noisy, rises over tens of steps
+#     reward_std           mean over groups of the spread within one: what there is to learn from
+#     correctness, format  the two parts of the reward, up to 2 and 0.8
+#     accuracy             share of completions with the right number in the answer tag
+#     kl                   k3 to the reference, per token, from 0 up; null if β = 0
+#     clip_fraction        share of tokens whose gradient was clipped; 0 if µ = 1
+#     grad_norm            before clipping to max_grad_norm, mean over the µ updates
+#     completion_length    tokens, mean; if always the maximum, the model never stops
+#     finished_fraction    share that ended with an end token
+#     zero_std_groups      silent groups, with nothing to learn from; they grow in number as more
+#                          problems are always solved
+#     skipped_updates      updates of this step left out because a number was not finite
+#     tokens_per_second    completion tokens sampled, over the time of the whole step
+#     step_seconds, peak_memory_bytes, learning_rate
+
+
+MAX_SKIPPED = 3  # the run gives up after so many steps in a row with numbers that are not finite
+
+
+@dataclass
+class Rollout:
+    """A step's samples in this process; rows are completions, groups in a row."""
+
+    input_ids: torch.Tensor  # [row prompt_pos + pos]
+    attention_mask: torch.Tensor  # [row prompt_pos + pos]
+    completion_mask: torch.Tensor  # [row pos]
+    advantages: torch.Tensor  # [row pos]
+    stats: list  # of all processes: a dict for each group
+    sample: dict  # the first group of this process, to look at
+
+
+def step_indices(step, batch_size, num_rows, seed):
+    """The rows of one step: every epoch is a new permutation, and no row is left out."""
+    indices = []
+    for k in range(step * batch_size, (step + 1) * batch_size):
+        epoch, position = divmod(k, num_rows)
+        if not indices or position == 0:
+            order = random.Random(f"{seed}, epoch {epoch}").sample(range(num_rows), num_rows)
+        indices.append(order[position])
+    return indices
+
+
+def collect_rollout(model, tokenizer, rows, settings, generator):
+    """Sample a group for each row of this process, reward it, compare it → Rollout
+
+    Rewards are exchanged, so that batch_normalized sees the whole step. → None if the logits were
+    not finite, in this process or another.
+    """
+    G = settings.num_generations
+    prompts = [build_prompt(row["question"], tokenizer) for row in rows]
+    failed = 0
+    try:
+        with autocast(model.device):
+            prompt_ids, prompt_mask, completion_ids, completion_mask = generate_completions(
+                model, tokenizer, prompts, G, settings.max_completion_length,
+                settings.temperature, generator=generator,
+            )
+    except FloatingPointError:
+        failed = 1
+    if sum_over_processes(torch.tensor(failed), model.device):  # all of them stay in step
+        return None
+    texts, tokens = decode_completions(tokenizer, completion_ids, completion_mask)
+    answers = [row["answer"] for row in rows for _ in range(G)]
+    correctness, form = correctness_reward(texts, answers), format_reward(texts)
+    combined = combined_reward(texts, answers)
+    rewards = {"combined": combined, "correctness": correctness, "format": form}[settings.reward]
+    ends = get_eos_token_ids(model, tokenizer)
+    stats = [
+        {
+            "reward": rewards[i : i + G],
+            "correctness": correctness[i : i + G],
+            "format": form[i : i + G],
+            "length": [len(row) for row in tokens[i : i + G]],
+            "finished": [row[-1] in ends for row in tokens[i : i + G]],
+        }
+        for i in range(0, len(texts), G)
+    ]
+    stats = gather_lists(stats)
+    if settings.supervision == "process":
+        steps = [
+            locate_steps(step_rewards(text, answer), row, tokenizer)
+            for text, answer, row in zip(texts, answers, tokens)
+        ]
+        advantages = compute_process_advantages(steps, completion_mask, G)  # [row pos]
+    else:
+        everyone = torch.tensor([group["reward"] for group in stats])  # [batch trial], all ranks'
+        own = my_share(compute_advantages(everyone, settings.advantage))  # [batch trial], our part
+        advantages = own.flatten().unsqueeze(-1).to(model.device) * completion_mask  # [row pos]
+    silent = (advantages.unflatten(0, (-1, G)) == 0).flatten(1).all(dim=1).tolist()  # [batch]
+    for group, is_silent in zip(stats, gather_lists(silent)):
+        group["silent"] = is_silent
+    best, worst = max(range(G), key=rewards.__getitem__), min(range(G), key=rewards.__getitem__)
+    shown = [
+        {"text": texts[i], "reward": rewards[i], "advantage": advantages[i, 0].item()}
+        for i in dict.fromkeys((best, worst))
+    ]
+    # Under process supervision the advantage shown is that of the first token.
+    sample = {"question": rows[0]["question"], "answer": answers[0], "completions": shown}
+    return Rollout(
+        torch.cat([prompt_ids, completion_ids], dim=1),
+        torch.cat([prompt_mask, completion_mask], dim=1),
+        completion_mask, advantages, stats, sample,
+    )
+
+
+def split_rollout(rollout, micro_batch_size, keep_all):
+    """Micro-batches of rows of like length, without the columns that are padding in all of them.
+
+    Rows without advantage have no gradient and are left out, unless keep_all (for the KL penalty).
+    → list of dicts; the longest come first, so that a lack of memory shows at once.
+    """
+    lengths = rollout.attention_mask.sum(dim=-1)  # [row]
+    teaches = (rollout.advantages != 0).any(dim=-1) | keep_all  # [row]
+    order = [i for i in lengths.argsort(descending=True).tolist() if teaches[i]]
+    prompt_length = rollout.input_ids.shape[1] - rollout.completion_mask.shape[1]
+    batches = []
+    for first in range(0, len(order), micro_batch_size):
+        rows = torch.tensor(order[first : first + micro_batch_size], device=lengths.device)
+        used = rollout.attention_mask[rows].any(dim=0).nonzero()[:, 0]  # columns in use
+        begin, end = used[0].item(), used[-1].item() + 1
+        batches.append({
+            "input_ids": rollout.input_ids[rows, begin:end],
+            "attention_mask": rollout.attention_mask[rows, begin:end],
+            "completion_mask": rollout.completion_mask[rows, : end - prompt_length],
+            "advantages": rollout.advantages[rows, : end - prompt_length],
+        })
+    return batches
+
+
+def update_policy(model, reference, optimizer, rollout, settings):
+    """µ gradient steps on one rollout → dict of what to log, the same in every process.
+
+    The loss of the step is a sum over micro-batches and processes: normalisers are those of the
+    whole step, so neither the micro-batch size nor the number of processes changes the gradient.
+    """
+    device, parameters = model.device, [p for p in model.parameters() if p.requires_grad]
+    batches = split_rollout(rollout, settings.micro_batch_size, keep_all=settings.beta > 0)
+    mine = torch.tensor([len(rollout.completion_mask), rollout.completion_mask.sum(), len(batches)])
+    rows, tokens, work = sum_over_processes(mine, device).tolist()  # of all processes
+    totals = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "grad_norm": 0.0}
+    skipped = 0
+    for update in range(settings.mu if work else 0):
+        sums = torch.zeros(3, dtype=torch.float64)  # loss, kl, clipped; the last two are by token
+        for batch in batches:
+            inputs = batch["input_ids"], batch["attention_mask"], batch["completion_mask"].shape[1]
+            with autocast(device):
+                log_probs = compute_log_probs(model, *inputs, settings.temperature)  # [row pos]
+                if update == 0:
+                    # (!6) Nothing has been updated since the sampling, so these are log π_old.
+                    batch["old"] = log_probs.detach()
+                    batch["ref"] = None
+                    if settings.beta:
+                        with torch.no_grad():
+                            batch["ref"] = compute_log_probs(
+                                reference, *inputs, settings.temperature
+                            )  # [row pos]
+            loss, metrics = grpo_loss(
+                log_probs, batch["old"], batch["ref"],
+                batch["advantages"], batch["completion_mask"],
+                epsilon=settings.epsilon, epsilon_high=settings.epsilon_high, beta=settings.beta,
+                loss_type=settings.loss_type,
+                importance_sampling_level=settings.importance_sampling_level,
+                max_completion_length=settings.max_completion_length, num_items=tokens,
+            )
+            if settings.loss_type in ("grpo", "dr_grpo"):  # a mean over these rows: make it of all
+                loss = loss * len(log_probs) / rows
+            loss.backward()
+            clipped = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
+            kl = metrics.get("kl", torch.zeros(()))
+            share = batch["completion_mask"].sum().item() / tokens
+            sums += torch.tensor([loss.item(), share * kl.item(), share * clipped.item()])
+        if get_world_size() > 1:
+            for parameter in parameters:
+                if parameter.grad is None:  # a process whose groups were all silent
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
+        loss, kl, clipped = sum_over_processes(sums, device).tolist()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
+        if math.isfinite(loss) and math.isfinite(norm):
+            optimizer.step()
+        else:
+            skipped += 1
+        optimizer.zero_grad(set_to_none=True)
+        for name, value in zip(totals, (loss, kl, clipped, norm)):
+            totals[name] += value / settings.mu
+    if not settings.beta:
+        totals["kl"] = None
+    # JSON knows neither inf nor nan; skipped_updates says that there was one.
+    totals = {k: v if v is None or math.isfinite(v) else None for k, v in totals.items()}
+    return totals | {"skipped_updates": skipped}
+
+
+def summarise_rollout(stats):
+    """What metrics.jsonl says of a step's samples, from the groups of all processes → dict"""
+
+    def mean_of(name):
+        return statistics.fmean([x for group in stats for x in group[name]])
+
+    return {
+        "reward_mean": mean_of("reward"),
+        "reward_std": statistics.fmean([statistics.stdev(group["reward"]) for group in stats]),
+        "correctness": mean_of("correctness"),
+        "format": mean_of("format"),
+        "accuracy": statistics.fmean([c > 0 for group in stats for c in group["correctness"]]),
+        "completion_length": mean_of("length"),
+        "finished_fraction": mean_of("finished"),
+        "zero_std_groups": sum(group["silent"] for group in stats),
+    }
+
+
+def take_step(model, reference, tokenizer, optimizer, rows, step, settings):
+    """Sample, reward, learn: one step on this process's rows → (record for metrics.jsonl, sample)
+
+    If the logits are not finite the sample is None and the record says so.
+    """
+    started = time.perf_counter()
+    # The random state is a function of seed, step and rank: nothing to save, nothing to restore.
+    source = random.Random(f"{settings.seed}, step {step}, rank {get_rank()}")
+    generator = torch.Generator(model.device).manual_seed(source.getrandbits(63))
+    rollout = collect_rollout(model, tokenizer, rows, settings, generator)
+    record, tokens = {"step": step, "skipped_updates": 1}, 0
+    if rollout is not None:
+        record |= update_policy(model, reference, optimizer, rollout, settings)
+        record |= summarise_rollout(rollout.stats)
+        tokens = sum(sum(group["length"]) for group in rollout.stats)
+    seconds = time.perf_counter() - started
+    record |= {
+        "learning_rate": settings.learning_rate,
+        "tokens_per_second": tokens / seconds,
+        "step_seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(model.device),
+    }
+    return record, rollout and rollout.sample
+
+
+def show_step(record, sample, settings, bar):
+    """Keep the progress bar up to date; every ten steps print a completion or two."""
+    if sample is None:
+        return say(f"step {record['step']}: logits that are not finite, nothing was learned")
+    bar.set_postfix(
+        reward=f"{record['reward_mean']:.2f}",
+        accuracy=f"{record['accuracy']:.2f}",
+        length=f"{record['completion_length']:.0f}",
+    )
+    if record["zero_std_groups"] == settings.batch_size:
+        say(f"step {record['step']}: rewards are equal within every group, nothing to learn from")
+    if record["step"] % 10 == 1:
+        say(f"\nstep {record['step']}: {sample['question']} (answer: {sample['answer']})")
+        for completion in sample["completions"]:
+            say(f"  reward {completion['reward']:.1f}: {completion['text']!r}")
+
+
+def train_with_grpo(model, tokenizer, train_rows, settings, eval_rows=()):
+    """Train the model in place; metrics and checkpoints go to settings.output_dir.
+
+    train_rows, eval_rows as load_rows gives them. → the signal that ended the training early, or 0.
+    Raises ValueError for settings that cannot work; TrainingStopped if MAX_SKIPPED steps in a
+    row were not finite, or a checkpoint can't be read or written.
+    """
+    check_settings(settings)
+    check_batch_size(settings, train_rows)
+    total = settings.num_iterations * settings.num_steps
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True
+    )
+    # (!7) A frozen copy: a reference that shares tensors would be trained too. None if β = 0.
+    reference = copy.deepcopy(model).eval().requires_grad_(False) if settings.beta else None
+    folder, done = find_checkpoint(settings) if settings.resume else (None, 0)
+    if folder:
+        load_checkpoint(folder, model, optimizer, reference)
+    log = Log(settings.output_dir, done)
+
+    def evaluate(step):
+        if eval_rows:
+            completions = settings.batch_size * settings.num_generations
+            result = evaluate_model(
+                model, tokenizer, eval_rows, settings.max_completion_length, completions
+            )
+            log.write("eval", {"step": step, **result})
+            say(f"step {step}: {describe_evaluation(result)}")
+
+    if done == 0:
+        evaluate(0)
+    model.train()
+    skipped_in_a_row = 0
+    bar = tqdm(total=total, initial=done, desc="training", disable=get_rank() > 0)
+    with bar, StopRequest() as stop:
+        for step in range(done + 1, total + 1):
+            if reference is not None and step > 1 and (step - 1) % settings.num_steps == 0:
+                reference.load_state_dict(model.state_dict())
+            indices = step_indices(step - 1, settings.batch_size, len(train_rows), settings.seed)
+            rows = [train_rows[i] for i in my_share(indices)]
+            record, sample = take_step(
+                model, reference, tokenizer, optimizer, rows, step, settings
+            )
+            log.write("metrics", record)
+            if sample:
+                log.write("samples", {"step": step, **sample})
+            bar.update()
+            show_step(record, sample, settings, bar)
+            skipped_in_a_row = skipped_in_a_row + 1 if record["skipped_updates"] else 0
+            if skipped_in_a_row == MAX_SKIPPED:
+                raise TrainingStopped(
+                    f"step {step}: the {MAX_SKIPPED} last steps had numbers that are not finite. "
+                    "The checkpoints hold the last good model; try a smaller --learning-rate"
+                )
+            if step == total or (settings.eval_every and step % settings.eval_every == 0):
+                evaluate(step)
+            stopping = int(sum_over_processes(torch.tensor(stop.signal), model.device))
+            if step == total or step % settings.save_every == 0 or stopping:
+                if get_rank() == 0:
+                    save_checkpoint(model, optimizer, reference, step, settings)
+            if stopping and step < total:
+                say(f"stopped after step {step}, all saved; --resume goes on from here")
+                return stop.signal or signal.SIGTERM  # or another rank was asked to stop
+    return 0
+
+
+# ==================================================================================================
+# 11. Step rewards: process supervision
+#
+# Only for --supervision process. An outcome reward blames or praises every token alike. Process supervision (arXiv 2402.03300,
 # section 4.1.3) rewards each step of the reasoning. There it took a trained reward model; here a
 # step is a line with an equation, and arithmetic can be checked:
 #
@@ -447,542 +1407,13 @@ def locate_steps(steps, completion_ids, tokenizer):
 
 
 # ==================================================================================================
-# 4. Sampling
-#
-# The rollout: a group of G = num_generations completions for each prompt, drawn token by token from
-#
-#     π(a | s) = softmax(logits / temperature)      a: the next token, s: prompt and tokens so far
-#
-# and from nothing else, because the ratios of section 7 assume exactly that. A checkpoint brings
-# habits of its own (Qwen2.5-1.5B-Instruct: top_k 20, top_p 0.8, repetition_penalty 1.1, temperature
-# 0.7), and model.generate() follows them unless each is switched off: then the samples come from
-# one distribution and are scored under another. So the loop is written out here. It reads a prompt
-# once for its whole group, keeps the KV cache, and drops rows as they finish.
-
-
-def create_completion_mask(completion_ids, eos_token_ids):
-    """1 up to and including the first end token, 0 behind it.
-
-    (!1) By position, not by comparing with the pad token: pad is often the end token itself, and a
-    model whose end token is outside the mask never learns to stop.
-
-    completion_ids int[row pos], eos_token_ids a list → int[row pos]. Needs: torch.
-    """
-    ends = torch.tensor(eos_token_ids, device=completion_ids.device)  # [end]
-    is_end = torch.isin(completion_ids, ends).int()  # [row pos]
-    ends_before = is_end.cumsum(dim=-1) - is_end  # [row pos]
-    return (ends_before == 0).int()
-
-
-def get_eos_token_ids(model, tokenizer):
-    """Every token that ends a completion: the checkpoint's generation_config and the tokenizer's.
-
-    Qwen2.5 has two. Raises ValueError if there is none.
-    """
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, (list, tuple)) else [ends]
-    ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
-    if not ends:
-        raise ValueError("neither tokenizer nor generation_config has an end token (eos_token_id)")
-    return ends
-
-
-def encode_prompts(tokenizer, prompts):
-    """Prompts padded on the left, so that all end where completions begin.
-
-    → ids, mask int[batch prompt_pos]
-    """
-    encoded = tokenizer(
-        prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-    )
-    return encoded["input_ids"], encoded["attention_mask"]
-
-
-def decode_completions(tokenizer, completion_ids, completion_mask):
-    """→ (texts without special tokens, the tokens inside the mask as lists)"""
-    tokens = [row[: int(n)].tolist() for row, n in zip(completion_ids, completion_mask.sum(dim=-1))]
-    texts = tokenizer.batch_decode(
-        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return texts, tokens
-
-
-class Cache(DynamicCache):
-    """Keys and values in the precision that attention will compute with.
-
-    Under autocast the rotary embedding makes them float32, and attention would cast the whole cache
-    again for every token. Cast once, the results are the same in half the memory.
-    """
-
-    def update(self, keys, values, *args, **kwargs):
-        """Called by the model, once a layer and token."""
-        if torch.is_autocast_enabled(keys.device.type):
-            dtype = torch.get_autocast_dtype(keys.device.type)
-            keys, values = keys.to(dtype), values.to(dtype)
-        return super().update(keys, values, *args, **kwargs)
-
-
-@torch.no_grad()
-def generate_completions(
-    model, tokenizer, prompts, num_generations, max_completion_length,
-    temperature=1.0, eos_token_ids=None, generator=None,
-):
-    """Sample num_generations completions of each prompt; greedy if temperature is 0.
-
-    prompts: texts as build_prompt makes them. Returns prompt_ids, prompt_mask int[row prompt_pos],
-    left-padded, each prompt repeated num_generations times in a row, and completion_ids,
-    completion_mask int[row pos], with pos ≤ max_completion_length. The same generator state gives
-    the same samples. Raises FloatingPointError if the logits are not finite.
-    Needs: torch, torch.nn.functional as F, transformers' DynamicCache; Cache, encode_prompts,
-    create_completion_mask, get_eos_token_ids.
-    """
-    was_training = model.training
-    # (!2) In train mode gradient checkpointing drops the KV cache, and the completions are wrong.
-    model.eval()
-    device = model.device
-    eos_token_ids = eos_token_ids or get_eos_token_ids(model, tokenizer)
-    ends = torch.tensor(eos_token_ids, device=device)  # [end]
-    prompt_ids, prompt_mask = (x.to(device) for x in encode_prompts(tokenizer, prompts))
-    # each [batch prompt_pos]
-
-    # Read the prompts, one pass for a whole group. Positions do not count the padding.
-    positions = (prompt_mask.cumsum(dim=-1) - 1).clamp(min=0)  # [batch prompt_pos]
-    cache = Cache(config=model.config)
-    output = model(
-        prompt_ids, attention_mask=prompt_mask, position_ids=positions,
-        past_key_values=cache, use_cache=True, logits_to_keep=1,
-    )
-    cache.batch_repeat_interleave(num_generations)  # [batch …] → [row …]
-
-    def repeat(x):
-        return x.repeat_interleave(num_generations, dim=0)
-
-    logits = repeat(output.logits[:, -1])  # [row vocab]
-    mask, position = repeat(prompt_mask), repeat(positions[:, -1:])  # [row prompt_pos], [row 1]
-    active = torch.arange(len(mask), device=device)  # [active]: the rows that have not ended
-    completion_ids = torch.full(
-        (len(mask), max_completion_length), tokenizer.pad_token_id, device=device
-    )  # [row pos]
-    for t in range(max_completion_length):
-        logits = logits.float()  # [active vocab]
-        if not torch.isfinite(logits).all():
-            model.train(was_training)
-            raise FloatingPointError("the model's logits are not finite")
-        if temperature == 0:
-            token = logits.argmax(dim=-1, keepdim=True)  # [active 1]
-        else:
-            # The first token where the cumulative probability exceeds a uniform number. (The same
-            # as torch.multinomial, which draws a random number for every entry of the vocabulary.)
-            probs = (logits / temperature).softmax(dim=-1)  # [active vocab]
-            cumulative = probs.cumsum(dim=-1, dtype=torch.float64)  # [active vocab]
-            uniform = torch.rand(
-                len(probs), 1, dtype=torch.float64, device=device, generator=generator
-            )  # [active 1]
-            token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-            token = token.clamp(max=probs.shape[1] - 1)  # [active 1], should rounding reach the end
-        completion_ids[active, t] = token[:, 0]
-        going = (~torch.isin(token[:, 0], ends)).nonzero()[:, 0]  # indices into active
-        if len(going) == 0 or t == max_completion_length - 1:
-            break
-        if len(going) < len(active):  # rows that have ended are dropped, from the cache too
-            cache.batch_select_indices(going)
-            active, mask, position, token = (x[going] for x in (active, mask, position, token))
-        mask = F.pad(mask, (0, 1), value=1)  # [active prompt_pos+t+1]
-        position = position + 1  # [active 1]
-        logits = model(
-            token, attention_mask=mask, position_ids=position,
-            past_key_values=cache, use_cache=True,
-        ).logits[:, -1]  # [active vocab]
-    model.train(was_training)
-    completion_ids = completion_ids[:, : t + 1]  # [row pos]
-    completion_mask = create_completion_mask(completion_ids, eos_token_ids)  # [row pos]
-    return repeat(prompt_ids), repeat(prompt_mask), completion_ids, completion_mask
-
-
-# ==================================================================================================
-# 5. Log-probabilities
-#
-# The same log π(a_t | s, a_<t) that was sampled from, now with gradients and all positions at once.
-# Logits are the largest tensor of the whole job: one number for each of 151,936 vocabulary entries
-# and each token, 0.6 MB a token in float32, so 2 GB for the 8 completions of a micro-batch, and
-# several times that in the backward pass. But only one number per token is needed. So the output
-# layer is applied to a chunk of tokens at a time, and applied again in the backward pass rather
-# than remembered: memory depends on the size of the chunk only.
-
-
-def selective_log_softmax(logits, ids):
-    """log softmax(logits) at ids, without the table of all the others: logit − log Σ exp(logits).
-
-    logits float[… vocab], ids int[…] → float[…], at least float32. Needs: torch.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # [… vocab]
-    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
-
-
-def compute_log_probs(
-    model, input_ids, attention_mask, logits_to_keep, temperature=1.0, chunk_size=512
-):
-    """The log-probability of each of the last logits_to_keep tokens, given all before it.
-
-    input_ids, attention_mask int[row pos], prompt and completion; padding may stand on both sides,
-    and its own log-probabilities mean nothing. temperature is that of the sampling, chunk_size a
-    number of tokens. → float32[row logits_to_keep]. Raises ValueError if logits_to_keep does not
-    leave a token to start from. Needs: torch, torch.utils.checkpoint, selective_log_softmax.
-    """
-    if not 0 < logits_to_keep < input_ids.shape[1]:
-        raise ValueError(
-            f"logits_to_keep must be between 1 and {input_ids.shape[1] - 1}, not {logits_to_keep}"
-        )
-    positions = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)  # [row pos]
-    hidden = model.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
-    ).last_hidden_state  # [row pos dim]
-    # (!3) The output at position t predicts token t + 1.
-    hidden = hidden[:, -logits_to_keep - 1 : -1].flatten(0, 1)  # [row*kept dim]
-    targets = input_ids[:, -logits_to_keep:].flatten()  # [row*kept]
-    head = model.get_output_embeddings()
-
-    def score(hidden, targets):
-        logits = head(hidden).float()  # [chunk vocab]
-        if temperature != 1:  # saves a pass over the largest tensor
-            logits = logits / temperature
-        return selective_log_softmax(logits, targets)  # [chunk]
-
-    log_probs = [
-        checkpoint(score, h, t, use_reentrant=False)
-        for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size))
-    ]
-    return torch.cat(log_probs).view(len(input_ids), logits_to_keep)  # [row kept]
-
-
-# ==================================================================================================
-# 6. Advantages
-#
-# How much better a completion was than the others of its group. PPO trains a second network to say
-# what reward was to be expected; GRPO takes the mean of the group. (grpo_sort.py compares these.)
-#
-#     normalized         (r − mean) / (std + 1e-4)     GRPO, arXiv 2402.03300, section 4.1.2
-#     centered           r − mean                      Dr. GRPO, arXiv 2503.20783
-#     leave_one_out      r − mean of the others        RLOO, arXiv 2402.14740
-#     batch_normalized   (r − mean) / (std of the batch's rewards + 1e-4)   arXiv 2508.08221
-#
-# A group whose rewards are all equal has advantages of 0 and teaches nothing: a silent group. The
-# 1e-4, as in TRL, keeps a tiny spread from being blown up.
-
-ADVANTAGES = ("normalized", "centered", "leave_one_out", "batch_normalized")
-
-
-def compute_advantages(rewards, mode="normalized"):
-    """One advantage for each completion.
-
-    rewards float[batch trial], a group to a line → the same shape. Raises ValueError for an unknown
-    mode, another shape, or groups of one. Needs: torch, ADVANTAGES.
-    """
-    if mode not in ADVANTAGES:
-        raise ValueError(f"mode {mode!r} is unknown; it may be {', '.join(ADVANTAGES)}")
-    if rewards.dim() != 2 or rewards.shape[1] < 2:
-        raise ValueError(
-            "rewards must be [batch num_generations] with num_generations at least 2, "
-            f"not {list(rewards.shape)}"
-        )
-    rewards = rewards.float()
-    mean = rewards.mean(dim=-1, keepdim=True)  # [batch 1]
-    # (!4) The float32 mean of equal rewards may differ from them by rounding: exactly 0 instead.
-    equal = rewards.amax(dim=-1, keepdim=True) == rewards.amin(dim=-1, keepdim=True)  # [batch 1]
-    centered = (rewards - mean).masked_fill(equal, 0.0)  # [batch trial]
-    if mode == "centered":
-        return centered
-    if mode == "normalized":
-        return centered / (rewards.std(dim=-1, keepdim=True) + 1e-4)
-    if mode == "leave_one_out":
-        return centered * rewards.shape[1] / (rewards.shape[1] - 1)
-    return centered / (rewards.std() + 1e-4)
-
-
-def compute_process_advantages(step_rewards, completion_mask, num_generations=None):
-    """Advantages of tokens from rewards of steps: GRPO, arXiv 2402.03300, section 4.1.3.
-
-    The rewards of all reasoning steps of a group are normalised together; the advantage of a token
-    is the sum of those of its own and later steps. Every step that holds adds a positive term, so
-    writing more of them pays too.
-
-    step_rewards: for each row its steps as (end token index, reward); completion_mask int[row pos];
-    num_generations: consecutive rows that are a group, None for all → float[row pos], on the mask's
-    device. Raises ValueError if the rows do not fit. Needs: torch.
-    """
-    rows, size = len(completion_mask), num_generations or len(completion_mask)
-    if len(step_rewards) != rows or rows % size:
-        raise ValueError(
-            f"step_rewards has {len(step_rewards)} rows, completion_mask {rows}; "
-            f"both must be the same multiple of num_generations ({size})"
-        )
-    advantages = torch.zeros(completion_mask.shape)  # [row pos]
-    for first in range(0, rows, size):
-        group = range(first, first + size)
-        rewards = [reward for row in group for _, reward in step_rewards[row]]
-        rewards = torch.tensor(rewards)  # [step], of the reasoning
-        if len(rewards) < 2 or rewards.max() == rewards.min():
-            continue
-        mean, std = rewards.mean().item(), rewards.std().item()
-        for row in group:
-            for end, reward in step_rewards[row]:
-                advantages[row, : end + 1] += (reward - mean) / (std + 1e-4)
-    return advantages.to(completion_mask.device) * completion_mask
-
-
-# ==================================================================================================
-# 7. The loss
-#
-# With ρ = exp(log π − log π_old), the ratio to the policy that sampled, the loss of a token is
-#
-#     ℓ = −min(ρ Â, clip(ρ, 1 − ε, 1 + ε_high) Â) + β k3        GRPO, arXiv 2402.03300, eq. 3
-#     k3 = exp(log π_ref − log π) − (log π_ref − log π) − 1      eq. 4: KL to the reference model
-#
-# ρ matters when µ > 1 updates are made on the same samples: once it has passed 1 + ε_high with
-# Â > 0, or 1 − ε with Â < 0, the token is not pushed any further; the minimum keeps the way back
-# open. In the first update, the only one by default (µ = 1), ρ = 1 and nothing is clipped. There
-# the value of the loss says little: with loss type grpo it is minus the mean advantage, 0, plus
-# β k3. Its gradient, −Â ∇log π, is what teaches. cispo clips the weight of the push instead:
-#
-#     ℓ = −stop_gradient(min(ρ, 1 + ε_high)) Â log π             CISPO, arXiv 2506.13585, section 3
-#
-# importance_sampling_level="sequence" replaces every ρ of a completion by the geometric mean of
-# them (GSPO, arXiv 2507.18071, eq. 7). How the tokens of all rows are averaged is its own choice:
-#
-#     grpo      mean over rows of each row's mean     a token of a long completion counts less
-#     dapo      Σ ℓ / all tokens of the batch         every token counts the same (2503.14476)
-#     dr_grpo   Σ ℓ / (rows · max_completion_length)  the same, over a constant (2503.20783)
-#     cispo     as dapo
-#
-# k3 is one of three estimators (grpo_sort.py, section 8). A batch may reach the loss in parts
-# (micro-batches, processes); whoever adds them up has to divide by the totals of all parts.
-
-LOSS_TYPES, LEVELS = ("grpo", "dapo", "dr_grpo", "cispo"), ("token", "sequence")
-
-
-def grpo_loss(
-    log_probs, old_log_probs, ref_log_probs, advantages, completion_mask,
-    *, epsilon=0.2, epsilon_high=None, beta=0.04, loss_type="grpo",
-    importance_sampling_level="token", max_completion_length=None, num_items=None,
-):
-    """The loss to minimise and what to log of it → (scalar, dict of detached scalars)
-
-    log_probs, old_log_probs, ref_log_probs float[row pos] (the last may be None if beta is 0);
-    advantages float[row] or [row pos]; completion_mask [row pos]. epsilon_high None: epsilon.
-    max_completion_length is dr_grpo's constant; num_items the number of completion tokens to divide
-    by in dapo and cispo if these rows are only part of a batch; None: those of completion_mask.
-    The metrics are means over the tokens: kl (k3; only if beta is not 0), ratio, and the shares
-    clip_fraction_low and clip_fraction_high whose gradient the clip has cut.
-    Raises ValueError for names and shapes that do not fit. Needs: torch, LOSS_TYPES, LEVELS.
-    """
-    for name, value, choices in (
-        ("loss_type", loss_type, LOSS_TYPES),
-        ("importance_sampling_level", importance_sampling_level, LEVELS),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} {value!r} is unknown; it may be {', '.join(choices)}")
-    if loss_type == "dr_grpo" and not max_completion_length:
-        raise ValueError("loss_type 'dr_grpo' needs max_completion_length")
-    if beta and ref_log_probs is None:
-        raise ValueError("beta is not 0, so ref_log_probs is needed")
-    if advantages.dim() == 1:
-        advantages = advantages.unsqueeze(-1)  # [row 1]
-    rows, length = log_probs.shape
-    for name, tensor, shapes in (
-        ("old_log_probs", old_log_probs, [(rows, length)]),
-        ("ref_log_probs", ref_log_probs if beta else log_probs, [(rows, length)]),
-        ("advantages", advantages, [(rows, 1), (rows, length)]),
-        ("completion_mask", completion_mask, [(rows, length)]),
-    ):
-        if tuple(tensor.shape) not in shapes:
-            raise ValueError(f"{name} is {list(tensor.shape)}, but log_probs {[rows, length]}")
-    epsilon_high = epsilon if epsilon_high is None else epsilon_high
-    mask = completion_mask.to(log_probs.dtype)  # [row pos]
-    padding = completion_mask == 0
-    row_tokens = mask.sum(dim=-1, keepdim=True).clamp(min=1)  # [row 1]
-
-    # (!5) Padding is removed before exp(): 0 · inf is not 0.
-    log_ratio = (log_probs - old_log_probs.detach()).masked_fill(padding, 0)  # [row pos]
-    if importance_sampling_level == "sequence":
-        log_ratio = log_ratio.sum(dim=-1, keepdim=True) / row_tokens  # [row 1]
-    ratio = log_ratio.exp()  # [row pos] or [row 1]
-    if loss_type == "cispo":
-        weight = ratio.detach().clamp(max=1 + epsilon_high)  # [row pos] or [row 1]
-        token_loss = -weight * advantages * log_probs.masked_fill(padding, 0)  # [row pos]
-    else:
-        clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)  # [row pos] or [row 1]
-        token_loss = -torch.minimum(ratio * advantages, clipped * advantages)  # [row pos]
-    metrics = {}
-    if beta:
-        x = (ref_log_probs.detach() - log_probs).masked_fill(padding, 0)  # [row pos]
-        kl = x.exp() - x - 1  # [row pos]
-        token_loss = token_loss + beta * kl
-        metrics["kl"] = (kl * mask).sum() / mask.sum().clamp(min=1)
-    token_loss = token_loss * mask  # [row pos]
-
-    if loss_type == "grpo":
-        loss = (token_loss.sum(dim=-1, keepdim=True) / row_tokens).mean()
-    elif loss_type == "dr_grpo":
-        loss = token_loss.sum() / (len(mask) * max_completion_length)
-    else:
-        loss = token_loss.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
-
-    high, low = ratio > 1 + epsilon_high, ratio < 1 - epsilon  # [row pos] or [row 1]
-    if loss_type == "cispo":  # clips the weight whatever the advantage, and at the top only
-        low = torch.zeros_like(low)
-    else:
-        high, low = high & (advantages > 0), low & (advantages < 0)
-    for name, value in (("ratio", ratio), ("clip_fraction_low", low), ("clip_fraction_high", high)):
-        metrics[name] = (value * mask).sum() / mask.sum().clamp(min=1)
-    return loss, {name: value.detach() for name, value in metrics.items()}
-
-
-# ==================================================================================================
-# 8. A worked example, to follow with a pencil
-#
-# One question, four completions; from text to loss. The rehearsal prints it before it trains.
-
-
-def worked_example():
-    """The text of the example: four completions, their rewards and advantages of every kind."""
-    answer = "72"  # 48 clips in April, half as many in May: how many in all?
-    reasoning = ("48/2 = 24\n48+24 = 72", "48/2 = 24\n48+24 = 73", "48/2 = 26\n48+26 = 74")
-    completions = [
-        f"<reasoning>\n{lines}\n</reasoning>\n<answer>\n{lines[-2:]}\n</answer>"
-        for lines in reasoning
-    ]
-    completions.append("72")  # right, but without the tags nobody can see that
-    rewards = torch.tensor([combined_reward(completions, [answer] * 4)])  # [batch=1 trial]
-    table = {"reward": rewards} | {mode: compute_advantages(rewards, mode) for mode in ADVANTAGES}
-    table = {name: [f"{x:.2f}" for x in row[0].tolist()] for name, row in table.items()}
-    # Process supervision, as if every character were a token.
-    steps = [
-        [(end - 1, reward) for end, reward in step_rewards(completion, answer)]
-        for completion in completions
-    ]
-    mask = torch.ones(4, max(len(completion) for completion in completions))  # [row pos]
-    by_token = compute_process_advantages(steps, mask)  # [row pos]
-    table["step rewards"] = [" ".join(f"{reward:.0f}" for _, reward in row) for row in steps]
-    table["process"] = [
-        " ".join(f"{by_token[i, end]:+.1f}" for end, _ in row) for i, row in enumerate(steps)
-    ]
-    heads = [*(lines.replace("\n", ", ") for lines in reasoning), "only 72"]
-    lines = [f"{'':18}" + "".join(f"{head:>24}" for head in heads)]
-    lines += [f"{name:18}" + "".join(f"{x:>24}" for x in row) for name, row in table.items()]
-    return "\n".join(lines)
-
-
-# ==================================================================================================
-# 9. Settings
-#
-# Each has its flag on the command line: num_steps is --num-steps. The tutorial whose task and
-# rewards these are (A. Burkov, github.com/aburkov/theLMbook, GRPO from scratch on several GPUs)
-# gives 1 iteration, 500 steps of 7 prompts (on 8 GPUs), 12 completions, 400 tokens, β 0.04, µ 1.
-# Different here are
-#
-#     8 prompts, which 2, 4 and 8 GPUs can share evenly
-#     ε 0.2 instead of 0.1: that of PPO's paper (arXiv 1707.06347)
-#     learning rate 2e-6 instead of 5e-6. The tutorial keeps weights in bfloat16, which rounds small
-#         updates away and so needs larger ones; here they are float32 (section 10). On this model
-#         and task 6e-6 on float32 does about what 1.7e-5 does on bfloat16, a third
-#         (github.com/areal-project/AReaL, pull request 1634).
-#     gradient norm 1 instead of 0.1: AdamW divides out a constant scale; a bound that nearly every
-#         step exceeds would give each step another.
-
-REWARDS, SUPERVISION = ("combined", "correctness", "format"), ("outcome", "process")
-
-
-def setting(default, text, **argparse_options):
-    """A field of Settings with the help line of its flag."""
-    return field(default=default, metadata={"help": text, **argparse_options})
-
-
-@dataclass
-class Settings:
-    model: str = setting("Qwen/Qwen2.5-1.5B-Instruct", "hub name or local folder")
-    train_file: str | None = setting(None, "JSONL to train on; default: openai/gsm8k from the hub")
-    eval_file: str | None = setting(
-        None, "JSONL to evaluate on; default: GSM8K's test split, or a tenth of --train-file"
-    )
-    output_dir: str = setting("runs/gsm8k", "folder for metrics, checkpoints, final model")
-    # the algorithm
-    num_iterations: int = setting(1, "rounds of --num-steps; each renews the reference model")
-    num_steps: int = setting(500, "steps a round; each samples once, then makes --mu updates")
-    batch_size: int = setting(8, "prompts a step, over all processes together")
-    num_generations: int = setting(12, "completions of each prompt: the group size G")
-    max_completion_length: int = setting(400, "tokens, at most")
-    temperature: float = setting(1.0, "of the sampling and of the probabilities learned from")
-    reward: str = setting("combined", "for outcome supervision", choices=REWARDS)
-    supervision: str = setting("outcome", "reward the answer, or steps", choices=SUPERVISION)
-    advantage: str = setting("normalized", "for outcome supervision", choices=ADVANTAGES)
-    loss_type: str = setting("grpo", "how tokens are averaged, and cispo", choices=LOSS_TYPES)
-    importance_sampling_level: str = setting("token", "of the ratio", choices=LEVELS)
-    epsilon: float = setting(0.2, "ε: clip range")
-    epsilon_high: float | None = setting(None, "upper clip range; default: as --epsilon")
-    beta: float = setting(0.04, "β: weight of the KL penalty; 0 holds no reference model")
-    mu: int = setting(1, "µ: updates on the same samples")
-    # the optimizer
-    learning_rate: float = setting(2e-6, "of AdamW, constant")
-    max_grad_norm: float = setting(1.0, "longer gradients are scaled down to it")
-    micro_batch_size: int = setting(8, "completions in one forward and backward pass: memory")
-    gradient_checkpointing: bool = setting(False, "less memory, about a third more computation")
-    # around it
-    eval_examples: int | None = setting(None, "evaluate the first N rows only; 0: none")
-    eval_every: int = setting(100, "steps between evaluations; 0: only before and after")
-    save_every: int = setting(50, "steps between checkpoints; the last two are kept")
-    resume: bool = setting(False, "go on from the last checkpoint in --output-dir")
-    eval_only: bool = setting(False, "evaluate the model and leave")
-    rehearsal: bool = setting(False, "the whole job in miniature, on a CPU, nothing to download")
-    seed: int = setting(0, "the same seed gives the same run (on a GPU: but for rounding)")
-    device: str = setting("auto", "auto needs a GPU", choices=("auto", "cpu", "cuda"))
-    study: bool = setting(False, "the rehearsal in seven variants, three seeds: results/gsm8k/")
-
-
-# A resumed run may change these; any other would make it another run.
-FREE_TO_CHANGE = (
-    "output_dir", "num_steps", "eval_file", "eval_examples", "eval_every", "save_every", "resume",
-    "micro_batch_size", "gradient_checkpointing", "eval_only", "study",
-)
-
-
-def check_settings(settings):
-    """Raise ValueError for a setting that cannot work, naming its flag and what it may be."""
-    above_zero = 1e-30  # what a number above 0 is at least
-    for name, low, high in (
-        *((name, 1, math.inf) for name in ("num_iterations", "num_steps", "batch_size", "mu")),
-        *((name, 1, math.inf) for name in ("max_completion_length", "micro_batch_size")),
-        ("num_generations", 2, math.inf),
-        *((name, above_zero, math.inf) for name in ("temperature", "learning_rate")),
-        ("max_grad_norm", above_zero, math.inf),
-        ("epsilon", above_zero, 1),
-        ("epsilon_high", above_zero, math.inf),
-        ("beta", 0, math.inf),
-        *((name, 0, math.inf) for name in ("eval_examples", "eval_every")),
-        ("save_every", 1, math.inf),
-        ("seed", 0, 2**63),
-    ):
-        value = getattr(settings, name)
-        if value is not None and not low <= value < high:
-            least = "above 0" if low == above_zero else f"at least {low}"
-            most = "" if high == math.inf else f" and below {high}"
-            raise ValueError(f"--{name.replace('_', '-')} must be {least}{most}, not {value}")
-    for item in fields(settings):
-        choices, value = item.metadata.get("choices"), getattr(settings, item.name)
-        if choices and value not in choices:
-            flag = f"--{item.name.replace('_', '-')}"
-            raise ValueError(f"{flag} may be {', '.join(choices)}, not {value!r}")
-    if settings.reward == "format" and settings.supervision == "process":
-        raise ValueError("--supervision process rewards steps, so --reward format has no meaning")
-
-
-# ==================================================================================================
-# 10. One process or many, precision, checkpoints
+# 12. One process or many, precision, memory
 #
 # torchrun starts one process for each GPU; each samples and learns from its share of the prompts,
 # and the gradients are summed, so that together they do what one process would do with all prompts
 # (and the same completions; what is sampled depends on the rank).
 #
-# (!6) Weights are float32, computed with in bfloat16 (autocast). Weights kept in bfloat16 hardly
+# (!8) Weights are float32, computed with in bfloat16 (autocast). Weights kept in bfloat16 hardly
 # learn: near 0.02 bfloat16's values are 1.2e-4 apart, and AdamW's steps of 2e-6 are rounded away.
 
 
@@ -1023,10 +1454,6 @@ def autocast(device):
     """bfloat16 for matrix products on a GPU, nothing on a CPU."""
     on_gpu = torch.device(device).type == "cuda"
     return torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext()
-
-
-class TrainingStopped(RuntimeError):
-    """The run cannot go on; the message says why. What was saved before is intact."""
 
 
 def load_tokenizer(name):
@@ -1091,6 +1518,29 @@ def estimate_memory(config, parameters, settings, row_tokens, vocab_chunk=512):
     held = sum(list(parts.values())[:3])
     learning = parts["activations"] + parts["logits of a chunk"]
     return parts | {"peak": held + max(learning, parts["KV cache"])}
+
+
+def peak_memory_bytes(device):
+    """The most memory in use so far: on a GPU that of tensors, on a CPU that of the process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ==================================================================================================
+# 13. Checkpoints, signals, logs
+#
+# What makes it safe to interrupt a run of hours: a checkpoint appears whole or not at all, a signal
+# waits until the step is done, and a resumed run continues its logs where the checkpoint was made.
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message says why. What was saved before is intact."""
 
 
 def write_atomically(folder, fill):
@@ -1192,6 +1642,12 @@ class StopRequest:
             signal.signal(number, handler)
 
 
+def say(text):
+    """Print above the progress bar, in one process only."""
+    if get_rank() == 0:
+        tqdm.write(text)
+
+
 class Log:
     """Appends JSON lines to the files of the output folder, at rank 0, flushed at once.
 
@@ -1221,443 +1677,6 @@ class Log:
 def load_json_lines(path):
     """The objects of a .jsonl file of ours."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-
-
-def peak_memory_bytes(device):
-    """The most memory in use so far: on a GPU that of tensors, on a CPU that of the process."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def say(text):
-    """Print above the progress bar, in one process only."""
-    if get_rank() == 0:
-        tqdm.write(text)
-
-
-def check_batch_size(settings, train_rows):
-    """Raise ValueError if a step cannot be filled, or not every process would get a prompt."""
-    if not get_world_size() <= settings.batch_size <= len(train_rows):
-        raise ValueError(
-            f"--batch-size {settings.batch_size} must be at least the number of processes "
-            f"({get_world_size()}) and at most the number of training rows ({len(train_rows)})"
-        )
-
-
-# ==================================================================================================
-# 11. Evaluation
-#
-# Greedy, one completion a question, on problems that were not trained on. Two accuracies, because a
-# model can know the answer and not the format: strict wants the right number in the answer tag,
-# lenient takes the last number of the text where the tag has none. What training gains is often
-# strict alone: format, not arithmetic. And n questions are a sample, so an interval belongs to it.
-
-
-def wilson_interval(successes, n, z=1.959964):
-    """The 95 % confidence interval of a rate (Wilson 1927) → (low, high); needs: math."""
-    rate, centre = successes / n, (successes + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * math.sqrt(n * rate * (1 - rate) + z * z / 4)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def last_number(text):
-    """The last number of a text, as parse_number reads it → Fraction or None"""
-    pieces = [match.group() for match in SIGNED_NUMBER.finditer(text)]
-    return parse_number(pieces[-1]) if pieces else None
-
-
-def evaluate_model(model, tokenizer, rows, max_completion_length=400, batch_size=64):
-    """Greedy accuracy on rows as load_rows gives them, shared out over the processes.
-
-    → dict: examples, strict and its interval strict_low, strict_high, lenient, format (share with
-    all four tags), finished_fraction (share that ended by itself), mean_length (tokens). Raises
-    ValueError if there are no rows, TrainingStopped if the logits are not finite.
-    """
-    if not rows:
-        raise ValueError("evaluate_model needs at least one row")
-    ends = get_eos_token_ids(model, tokenizer)
-    # Prompts of like length together: less padding.
-    mine = sorted(rows[get_rank() :: get_world_size()], key=lambda row: len(row["question"]))
-    # strict, lenient, format, finished, tokens, and batches that failed
-    counts = torch.zeros(6, dtype=torch.float64)
-    progress = tqdm(total=len(mine), desc="evaluating", leave=False, disable=get_rank() > 0)
-    for first in range(0, len(mine), batch_size):
-        batch = mine[first : first + batch_size]
-        prompts = [build_prompt(row["question"], tokenizer) for row in batch]
-        try:
-            with autocast(model.device):
-                _, _, ids, mask = generate_completions(
-                    model, tokenizer, prompts, 1, max_completion_length, temperature=0
-                )
-        except FloatingPointError:
-            counts[5] = 1
-            break
-        texts, tokens = decode_completions(tokenizer, ids, mask)
-        for row, text, its_tokens in zip(batch, texts, tokens):
-            gold = parse_number(row["answer"])
-            number = parse_number(extract_answer_from_model_output(text) or "")
-            strict = number is not None and number == gold
-            lenient = strict or (number is None and last_number(text) == gold is not None)
-            has_format = format_reward([text])[0] > 0.79  # all four tags, but for rounding
-            finished = its_tokens[-1] in ends
-            counts += torch.tensor([strict, lenient, has_format, finished, len(its_tokens), 0])
-        progress.update(len(batch))
-    progress.close()
-    totals = sum_over_processes(counts, model.device).tolist()
-    strict, lenient, has_format, finished, length, failed = totals
-    if failed:
-        raise TrainingStopped("evaluation: the model's logits are not finite")
-    n = len(rows)
-    low, high = wilson_interval(strict, n)
-    return {
-        "examples": n, "strict": strict / n, "strict_low": low, "strict_high": high,
-        "lenient": lenient / n, "format": has_format / n, "finished_fraction": finished / n,
-        "mean_length": length / n,
-    }
-
-
-def describe_evaluation(result):
-    """One line about what evaluate_model returned."""
-    return (
-        f"{result['strict']:.1%} of {result['examples']} held-out problems right (95 % interval "
-        f"{result['strict_low']:.1%} to {result['strict_high']:.1%}), {result['lenient']:.1%} "
-        f"lenient; {result['format']:.1%} with all tags, {result['mean_length']:.0f} tokens"
-    )
-
-
-# ==================================================================================================
-# 12. The training loop
-#
-# for every step:
-#     rollout: prompts → completions → rewards → advantages      (the policy is π_old)
-#     µ times: log-probabilities now → loss → gradient, all rows → AdamW
-#
-# What metrics.jsonl says, a line a step, and what is normal:
-#
-#     loss                 mean over the µ updates; with µ = 1 near 0 from the first step to the
-#                          last (section 7), and no measure of progress. Watch the reward.
-#     reward_mean          mean reward of this step's completions; noisy, rises over tens of steps
-#     reward_std           mean over groups of the spread within one: what there is to learn from
-#     correctness, format  the two parts of the reward, up to 2 and 0.8
-#     accuracy             share of completions with the right number in the answer tag
-#     kl                   k3 to the reference, per token, from 0 up; null if β = 0
-#     clip_fraction        share of tokens whose gradient was clipped; 0 if µ = 1
-#     grad_norm            before clipping to max_grad_norm, mean over the µ updates
-#     completion_length    tokens, mean; if always the maximum, the model never stops
-#     finished_fraction    share that ended with an end token
-#     zero_std_groups      silent groups, with nothing to learn from; they grow in number as more
-#                          problems are always solved
-#     skipped_updates      updates of this step left out because a number was not finite
-#     tokens_per_second    completion tokens sampled, over the time of the whole step
-#     step_seconds, peak_memory_bytes, learning_rate
-
-
-MAX_SKIPPED = 3  # the run gives up after so many steps in a row with numbers that are not finite
-
-
-@dataclass
-class Rollout:
-    """A step's samples in this process; rows are completions, groups in a row."""
-
-    input_ids: torch.Tensor  # [row prompt_pos + pos]
-    attention_mask: torch.Tensor  # [row prompt_pos + pos]
-    completion_mask: torch.Tensor  # [row pos]
-    advantages: torch.Tensor  # [row pos]
-    stats: list  # of all processes: a dict for each group
-    sample: dict  # the first group of this process, to look at
-
-
-def step_indices(step, batch_size, num_rows, seed):
-    """The rows of one step: every epoch is a new permutation, and no row is left out."""
-    indices = []
-    for k in range(step * batch_size, (step + 1) * batch_size):
-        epoch, position = divmod(k, num_rows)
-        if not indices or position == 0:
-            order = random.Random(f"{seed}, epoch {epoch}").sample(range(num_rows), num_rows)
-        indices.append(order[position])
-    return indices
-
-
-def collect_rollout(model, tokenizer, rows, settings, generator):
-    """Sample a group for each row of this process, reward it, compare it → Rollout
-
-    Rewards are exchanged, so that batch_normalized sees the whole step. → None if the logits were
-    not finite, in this process or another.
-    """
-    G = settings.num_generations
-    prompts = [build_prompt(row["question"], tokenizer) for row in rows]
-    failed = 0
-    try:
-        with autocast(model.device):
-            prompt_ids, prompt_mask, completion_ids, completion_mask = generate_completions(
-                model, tokenizer, prompts, G, settings.max_completion_length,
-                settings.temperature, generator=generator,
-            )
-    except FloatingPointError:
-        failed = 1
-    if sum_over_processes(torch.tensor(failed), model.device):  # all of them stay in step
-        return None
-    texts, tokens = decode_completions(tokenizer, completion_ids, completion_mask)
-    answers = [row["answer"] for row in rows for _ in range(G)]
-    correctness, form = correctness_reward(texts, answers), format_reward(texts)
-    combined = combined_reward(texts, answers)
-    rewards = {"combined": combined, "correctness": correctness, "format": form}[settings.reward]
-    ends = get_eos_token_ids(model, tokenizer)
-    stats = [
-        {
-            "reward": rewards[i : i + G],
-            "correctness": correctness[i : i + G],
-            "format": form[i : i + G],
-            "length": [len(row) for row in tokens[i : i + G]],
-            "finished": [row[-1] in ends for row in tokens[i : i + G]],
-        }
-        for i in range(0, len(texts), G)
-    ]
-    stats = gather_lists(stats)
-    if settings.supervision == "process":
-        steps = [
-            locate_steps(step_rewards(text, answer), row, tokenizer)
-            for text, answer, row in zip(texts, answers, tokens)
-        ]
-        advantages = compute_process_advantages(steps, completion_mask, G)  # [row pos]
-    else:
-        everyone = torch.tensor([group["reward"] for group in stats])  # [batch trial], all ranks'
-        own = my_share(compute_advantages(everyone, settings.advantage))  # [batch trial], our part
-        advantages = own.flatten().unsqueeze(-1).to(model.device) * completion_mask  # [row pos]
-    silent = (advantages.unflatten(0, (-1, G)) == 0).flatten(1).all(dim=1).tolist()  # [batch]
-    for group, is_silent in zip(stats, gather_lists(silent)):
-        group["silent"] = is_silent
-    best, worst = max(range(G), key=rewards.__getitem__), min(range(G), key=rewards.__getitem__)
-    shown = [
-        {"text": texts[i], "reward": rewards[i], "advantage": advantages[i, 0].item()}
-        for i in dict.fromkeys((best, worst))
-    ]
-    # Under process supervision the advantage shown is that of the first token.
-    sample = {"question": rows[0]["question"], "answer": answers[0], "completions": shown}
-    return Rollout(
-        torch.cat([prompt_ids, completion_ids], dim=1),
-        torch.cat([prompt_mask, completion_mask], dim=1),
-        completion_mask, advantages, stats, sample,
-    )
-
-
-def split_rollout(rollout, micro_batch_size, keep_all):
-    """Micro-batches of rows of like length, without the columns that are padding in all of them.
-
-    Rows without advantage have no gradient and are left out, unless keep_all (for the KL penalty).
-    → list of dicts; the longest come first, so that a lack of memory shows at once.
-    """
-    lengths = rollout.attention_mask.sum(dim=-1)  # [row]
-    teaches = (rollout.advantages != 0).any(dim=-1) | keep_all  # [row]
-    order = [i for i in lengths.argsort(descending=True).tolist() if teaches[i]]
-    prompt_length = rollout.input_ids.shape[1] - rollout.completion_mask.shape[1]
-    batches = []
-    for first in range(0, len(order), micro_batch_size):
-        rows = torch.tensor(order[first : first + micro_batch_size], device=lengths.device)
-        used = rollout.attention_mask[rows].any(dim=0).nonzero()[:, 0]  # columns in use
-        begin, end = used[0].item(), used[-1].item() + 1
-        batches.append({
-            "input_ids": rollout.input_ids[rows, begin:end],
-            "attention_mask": rollout.attention_mask[rows, begin:end],
-            "completion_mask": rollout.completion_mask[rows, : end - prompt_length],
-            "advantages": rollout.advantages[rows, : end - prompt_length],
-        })
-    return batches
-
-
-def update_policy(model, reference, optimizer, rollout, settings):
-    """µ gradient steps on one rollout → dict of what to log, the same in every process.
-
-    The loss of the step is a sum over micro-batches and processes: normalisers are those of the
-    whole step, so neither the micro-batch size nor the number of processes changes the gradient.
-    """
-    device, parameters = model.device, [p for p in model.parameters() if p.requires_grad]
-    batches = split_rollout(rollout, settings.micro_batch_size, keep_all=settings.beta > 0)
-    mine = torch.tensor([len(rollout.completion_mask), rollout.completion_mask.sum(), len(batches)])
-    rows, tokens, work = sum_over_processes(mine, device).tolist()  # of all processes
-    totals = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "grad_norm": 0.0}
-    skipped = 0
-    for update in range(settings.mu if work else 0):
-        sums = torch.zeros(3, dtype=torch.float64)  # loss, kl, clipped; the last two are by token
-        for batch in batches:
-            inputs = batch["input_ids"], batch["attention_mask"], batch["completion_mask"].shape[1]
-            with autocast(device):
-                log_probs = compute_log_probs(model, *inputs, settings.temperature)  # [row pos]
-                if update == 0:
-                    # (!7) Nothing has been updated since the sampling, so these are log π_old.
-                    batch["old"] = log_probs.detach()
-                    batch["ref"] = None
-                    if settings.beta:
-                        with torch.no_grad():
-                            batch["ref"] = compute_log_probs(
-                                reference, *inputs, settings.temperature
-                            )  # [row pos]
-            loss, metrics = grpo_loss(
-                log_probs, batch["old"], batch["ref"],
-                batch["advantages"], batch["completion_mask"],
-                epsilon=settings.epsilon, epsilon_high=settings.epsilon_high, beta=settings.beta,
-                loss_type=settings.loss_type,
-                importance_sampling_level=settings.importance_sampling_level,
-                max_completion_length=settings.max_completion_length, num_items=tokens,
-            )
-            if settings.loss_type in ("grpo", "dr_grpo"):  # a mean over these rows: make it of all
-                loss = loss * len(log_probs) / rows
-            loss.backward()
-            clipped = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
-            kl = metrics.get("kl", torch.zeros(()))
-            share = batch["completion_mask"].sum().item() / tokens
-            sums += torch.tensor([loss.item(), share * kl.item(), share * clipped.item()])
-        if get_world_size() > 1:
-            for parameter in parameters:
-                if parameter.grad is None:  # a process whose groups were all silent
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad)
-        loss, kl, clipped = sum_over_processes(sums, device).tolist()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
-        if math.isfinite(loss) and math.isfinite(norm):
-            optimizer.step()
-        else:
-            skipped += 1
-        optimizer.zero_grad(set_to_none=True)
-        for name, value in zip(totals, (loss, kl, clipped, norm)):
-            totals[name] += value / settings.mu
-    if not settings.beta:
-        totals["kl"] = None
-    # JSON knows neither inf nor nan; skipped_updates says that there was one.
-    totals = {k: v if v is None or math.isfinite(v) else None for k, v in totals.items()}
-    return totals | {"skipped_updates": skipped}
-
-
-def summarise_rollout(stats):
-    """What metrics.jsonl says of a step's samples, from the groups of all processes → dict"""
-
-    def mean_of(name):
-        return statistics.fmean([x for group in stats for x in group[name]])
-
-    return {
-        "reward_mean": mean_of("reward"),
-        "reward_std": statistics.fmean([statistics.stdev(group["reward"]) for group in stats]),
-        "correctness": mean_of("correctness"),
-        "format": mean_of("format"),
-        "accuracy": statistics.fmean([c > 0 for group in stats for c in group["correctness"]]),
-        "completion_length": mean_of("length"),
-        "finished_fraction": mean_of("finished"),
-        "zero_std_groups": sum(group["silent"] for group in stats),
-    }
-
-
-def take_step(model, reference, tokenizer, optimizer, rows, step, settings):
-    """Sample, reward, learn: one step on this process's rows → (record for metrics.jsonl, sample)
-
-    If the logits are not finite the sample is None and the record says so.
-    """
-    started = time.perf_counter()
-    # The random state is a function of seed, step and rank: nothing to save, nothing to restore.
-    source = random.Random(f"{settings.seed}, step {step}, rank {get_rank()}")
-    generator = torch.Generator(model.device).manual_seed(source.getrandbits(63))
-    rollout = collect_rollout(model, tokenizer, rows, settings, generator)
-    record, tokens = {"step": step, "skipped_updates": 1}, 0
-    if rollout is not None:
-        record |= update_policy(model, reference, optimizer, rollout, settings)
-        record |= summarise_rollout(rollout.stats)
-        tokens = sum(sum(group["length"]) for group in rollout.stats)
-    seconds = time.perf_counter() - started
-    record |= {
-        "learning_rate": settings.learning_rate,
-        "tokens_per_second": tokens / seconds,
-        "step_seconds": seconds,
-        "peak_memory_bytes": peak_memory_bytes(model.device),
-    }
-    return record, rollout and rollout.sample
-
-
-def show_step(record, sample, settings, bar):
-    """Keep the progress bar up to date; every ten steps print a completion or two."""
-    if sample is None:
-        return say(f"step {record['step']}: logits that are not finite, nothing was learned")
-    bar.set_postfix(
-        reward=f"{record['reward_mean']:.2f}",
-        accuracy=f"{record['accuracy']:.2f}",
-        length=f"{record['completion_length']:.0f}",
-    )
-    if record["zero_std_groups"] == settings.batch_size:
-        say(f"step {record['step']}: rewards are equal within every group, nothing to learn from")
-    if record["step"] % 10 == 1:
-        say(f"\nstep {record['step']}: {sample['question']} (answer: {sample['answer']})")
-        for completion in sample["completions"]:
-            say(f"  reward {completion['reward']:.1f}: {completion['text']!r}")
-
-
-def train_with_grpo(model, tokenizer, train_rows, settings, eval_rows=()):
-    """Train the model in place; metrics and checkpoints go to settings.output_dir.
-
-    train_rows, eval_rows as load_rows gives them. → the signal that ended the training early, or 0.
-    Raises ValueError for settings that cannot work; TrainingStopped if MAX_SKIPPED steps in a
-    row were not finite, or a checkpoint can't be read or written.
-    """
-    check_settings(settings)
-    check_batch_size(settings, train_rows)
-    total = settings.num_iterations * settings.num_steps
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True
-    )
-    # (!8) A frozen copy: a reference that shares tensors would be trained too. None if β = 0.
-    reference = copy.deepcopy(model).eval().requires_grad_(False) if settings.beta else None
-    folder, done = find_checkpoint(settings) if settings.resume else (None, 0)
-    if folder:
-        load_checkpoint(folder, model, optimizer, reference)
-    log = Log(settings.output_dir, done)
-
-    def evaluate(step):
-        if eval_rows:
-            completions = settings.batch_size * settings.num_generations
-            result = evaluate_model(
-                model, tokenizer, eval_rows, settings.max_completion_length, completions
-            )
-            log.write("eval", {"step": step, **result})
-            say(f"step {step}: {describe_evaluation(result)}")
-
-    if done == 0:
-        evaluate(0)
-    model.train()
-    skipped_in_a_row = 0
-    bar = tqdm(total=total, initial=done, desc="training", disable=get_rank() > 0)
-    with bar, StopRequest() as stop:
-        for step in range(done + 1, total + 1):
-            if reference is not None and step > 1 and (step - 1) % settings.num_steps == 0:
-                reference.load_state_dict(model.state_dict())
-            indices = step_indices(step - 1, settings.batch_size, len(train_rows), settings.seed)
-            rows = [train_rows[i] for i in my_share(indices)]
-            record, sample = take_step(
-                model, reference, tokenizer, optimizer, rows, step, settings
-            )
-            log.write("metrics", record)
-            if sample:
-                log.write("samples", {"step": step, **sample})
-            bar.update()
-            show_step(record, sample, settings, bar)
-            skipped_in_a_row = skipped_in_a_row + 1 if record["skipped_updates"] else 0
-            if skipped_in_a_row == MAX_SKIPPED:
-                raise TrainingStopped(
-                    f"step {step}: the {MAX_SKIPPED} last steps had numbers that are not finite. "
-                    "The checkpoints hold the last good model; try a smaller --learning-rate"
-                )
-            if step == total or (settings.eval_every and step % settings.eval_every == 0):
-                evaluate(step)
-            stopping = int(sum_over_processes(torch.tensor(stop.signal), model.device))
-            if step == total or step % settings.save_every == 0 or stopping:
-                if get_rank() == 0:
-                    save_checkpoint(model, optimizer, reference, step, settings)
-            if stopping and step < total:
-                say(f"stopped after step {step}, all saved; --resume goes on from here")
-                return stop.signal or signal.SIGTERM  # or another rank was asked to stop
-    return 0
 
 
 def load_pyplot():
@@ -1707,7 +1726,7 @@ def draw_curves(folder):
 
 
 # ==================================================================================================
-# 13. The rehearsal
+# 14. The rehearsal
 #
 # The whole job in miniature: a Qwen2 of half a million random weights with a vocabulary of a few
 # hundred tokens, and word problems of one and two steps in GSM8K's format. GRPO improves what a
@@ -1877,111 +1896,8 @@ def make_start(folder, seed, num_steps=1500):
     return folder / "model", folder / "train.jsonl", folder / "test.jsonl"
 
 
-# What the study compares: changes to the rehearsal's settings.
-VARIANTS = {
-    "GRPO as in the rehearsal": {},
-    "process supervision": {"supervision": "process"},
-    "loss type dapo": {"loss_type": "dapo"},
-    "loss type dr_grpo": {"loss_type": "dr_grpo"},
-    "loss type cispo": {"loss_type": "cispo"},
-    "control: format reward only": {"reward": "format"},
-    "control: more SFT, no GRPO": None,
-}
-STUDY_SEEDS = (0, 1, 2)
-
-
-def run_study(settings, results=Path("results/gsm8k")):
-    """Every variant from the same start, for each seed; figures, table and plot go to `results`.
-
-    About 25 minutes on two cores. Rows are saved as they come. → exit status
-    """
-    rows, path = [], results / "results.json"
-    results.mkdir(parents=True, exist_ok=True)
-    for seed in STUDY_SEEDS:
-        folder = Path(settings.output_dir) / f"seed-{seed}"
-        started = time.perf_counter()
-        start, train_file, test_file = make_start(folder / "start", seed)
-        start_seconds = time.perf_counter() - started
-        train_rows, test_rows = load_rows(train_file), load_rows(test_file)
-        for name, changes in VARIANTS.items():
-            say(f"\nseed {seed}, {name}")
-            (tokenizer, _), model = load_tokenizer(start), load_policy(start, "cpu")
-            its = replace(settings, seed=seed, **(changes or {}))
-            its = replace(its, output_dir=str(folder / re.sub(r"\W+", "-", name)))
-            started = time.perf_counter()
-            if changes is None:  # as many demonstrations as GRPO has completions
-                sequences = its.num_steps * its.batch_size * its.num_generations
-                before = evaluate_model(model, tokenizer, test_rows, its.max_completion_length, 256)
-                rows_to_show = load_json_lines(train_file)
-                fine_tune(model, tokenizer, rows_to_show, sequences // 32, seed + 1000)
-                after = evaluate_model(model, tokenizer, test_rows, its.max_completion_length, 256)
-                evaluations = [{"step": 0, **before}, {"step": its.num_steps, **after}]
-            else:
-                train_with_grpo(model, tokenizer, train_rows, its, test_rows)
-                evaluations = load_json_lines(Path(its.output_dir) / "eval.jsonl")
-            seconds = time.perf_counter() - started
-            rows.append({
-                "variant": name, "seed": seed, "evaluations": evaluations,
-                "start_seconds": round(start_seconds, 1), "train_seconds": round(seconds, 1),
-                "settings": asdict(its), **versions(),
-            })
-            text = ",\n".join(json.dumps(row) for row in rows)
-            path.with_suffix(".tmp").write_text(f'{{"rows": [\n{text}\n]}}\n', encoding="utf-8")
-            path.with_suffix(".tmp").replace(path)
-    table = format_study(rows)
-    text = f"# Results of grpo_gsm8k.py --study\n\n{table}\n"
-    (results / "tables.md").write_text(text, encoding="utf-8")
-    draw_study(rows, results)
-    print(f"\n{table}\n\nwritten: {results}/results.json, tables.md, study.png")
-    return 0
-
-
-def format_study(rows):
-    """The Markdown table of a study: mean (lowest to highest seed) of each variant."""
-    lines = [
-        "| | strict before, % | strict after, % | lenient after, % | all tags, % | tokens |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for name in VARIANTS:
-        runs = [row["evaluations"] for row in rows if row["variant"] == name]
-        cells = []
-        for which, metric, factor in (
-            (0, "strict", 100), (-1, "strict", 100), (-1, "lenient", 100), (-1, "format", 100),
-            (-1, "mean_length", 1),
-        ):
-            x = [factor * run[which][metric] for run in runs]
-            cells.append(f"{statistics.fmean(x):.1f} ({min(x):.1f} to {max(x):.1f})")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    n = rows[0]["evaluations"][0]["examples"]
-    lines.append(f"\nMean of {len(STUDY_SEEDS)} seeds (lowest to highest); {n} held-out problems.")
-    return "\n".join(lines)
-
-
-def draw_study(rows, folder):
-    """study.png: held-out accuracy of four variants by step, mean and range over the seeds."""
-    plt = load_pyplot()
-    figure, axis = plt.subplots(figsize=(8, 4))
-    names = list(VARIANTS)
-    for name, colour, style, marker in zip(
-        (names[0], names[1], names[5], names[6]),
-        ("#0072B2", "#009E73", "#E69F00", "#D55E00"), ("-", "--", "-.", ":"), "osD^",
-    ):
-        runs = [row["evaluations"] for row in rows if row["variant"] == name]
-        x = [record["step"] for record in runs[0]]
-        y = [[100 * run[i]["strict"] for run in runs] for i in range(len(x))]  # [step][seed]
-        middle = [statistics.fmean(v) for v in y]
-        axis.plot(x, middle, style, color=colour, marker=marker, label=name)
-        low, high = [min(v) for v in y], [max(v) for v in y]
-        axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
-    axis.set(xlabel="step (256 completions, or as many demonstrations)", ylim=(-2, 102))
-    axis.set(ylabel="held-out problems right, greedy, %", title="Mean and range of three seeds")
-    figure.legend(loc="outside right center")
-    figure.savefig(folder / "study.png")
-    plt.close(figure)
-
-
 # ==================================================================================================
-# 14. Command line
+# 15. Command line
 
 
 class Parser(argparse.ArgumentParser):
@@ -2162,9 +2078,8 @@ def main(argv=None):
     """Run the command line. → exit status"""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.rehearsal or args.study:
-        longer = {"output_dir": "runs/study", "num_steps": 80} if args.study else {}
-        parser.set_defaults(**REHEARSAL | longer)
+    if args.rehearsal:
+        parser.set_defaults(**REHEARSAL)
         args = parser.parse_args(argv)
     settings = Settings(**vars(args))
     try:
@@ -2175,14 +2090,12 @@ def main(argv=None):
                 if device.type == "cuda":
                     torch.cuda.set_device(device)
                 dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            if settings.rehearsal and not settings.study:
+            if settings.rehearsal:
                 say(f"{worked_example()}\n")
-            if settings.study and Path(settings.output_dir).exists():
-                raise ValueError(f"--output-dir {settings.output_dir} exists; name another")
-            job = None if settings.study else prepare(settings, device)
+            job = prepare(settings, device)
         except ValueError as error:
             parser.error(str(error))
-        status = run_study(settings) if settings.study else run(settings, *job)
+        status = run(settings, *job)
     except (TrainingStopped, OSError) as error:  # OSError: a line of metrics on a full disk, say
         parser.exit(1, f"grpo_gsm8k.py: {error}\n")
     except KeyboardInterrupt:

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
@@ -33,7 +34,7 @@ import grpo_gsm8k as gsm
 import grpo_sort as gs
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "sort"
+RESULTS, GSM_RESULTS = HERE / "results" / "sort", HERE / "results" / "gsm8k"
 PROMPTS = torch.tensor(gs.CLASSIC_PROMPTS)  # [batch pos]
 SORT_SOURCE = (HERE / "grpo_sort.py").read_text(encoding="utf-8")
 README = (HERE / "README.md").read_text(encoding="utf-8")
@@ -885,7 +886,7 @@ def test_tables_and_findings_are_those_of_the_results():
 
 def test_the_committed_benchmark_meets_the_targets():
     """At most half of TRL's time and a third of its memory; sampling by the faster of three ways."""
-    rows = json.loads((HERE / "results" / "gsm8k" / "benchmark.json").read_text())["rows"]
+    rows = json.loads((GSM_RESULTS / "benchmark.json").read_text())["rows"]
 
     def median(what):
         return statistics.median(x for row in rows if row["what"] == what and row["tokens"] == 128 for x in row["seconds"][1:])
@@ -897,7 +898,7 @@ def test_the_committed_benchmark_meets_the_targets():
     assert median("the loop of this script") <= 1.1 * median("transformers, generate()")
     table = 4 * 32 * (512 - 64) * 32_000  # bytes of the logits that 448 more tokens would add
     assert peak("ours", 512) - peak("ours", 64) < table / 2
-    assert format_benchmark(rows) in (HERE / "results" / "gsm8k" / "benchmark.md").read_text(encoding="utf-8")
+    assert format_benchmark(rows) in (GSM_RESULTS / "benchmark.md").read_text(encoding="utf-8")
 
 
 def test_the_numbers_in_the_readme_are_those_of_the_results():
@@ -1406,7 +1407,7 @@ def test_the_memory_of_log_probs_does_not_hold_the_whole_table():
 
 
 def test_bfloat16_weights_do_not_learn_at_the_default_learning_rate():
-    """(!6): why the weights are float32. One AdamW step of 2e-6 on weights near 0.02."""
+    """(!8): why the weights are float32. One AdamW step of 2e-6 on weights near 0.02."""
     for dtype, moved in ((torch.float32, 1.0), (torch.bfloat16, 0.0)):
         weight = torch.nn.Parameter(torch.full((1000,), 0.02, dtype=dtype))
         before = weight.detach().clone()
@@ -1443,7 +1444,7 @@ def test_advantages_are_their_formulas():
 @pytest.mark.parametrize("mode", gsm.ADVANTAGES)
 @pytest.mark.parametrize("reward", [0.0, 0.1, 0.6000000000000001, 0.8, 2.8])
 def test_a_group_of_equal_rewards_teaches_exactly_nothing(mode, reward):
-    """(!4): the float32 mean of equal numbers may differ from them by a rounding error."""
+    """(!3): the float32 mean of equal numbers may differ from them by a rounding error."""
     rewards = torch.full((3, 7), reward)
     rewards[0, 0] = 1.0
     advantages = gsm.compute_advantages(rewards, mode)
@@ -1728,7 +1729,7 @@ def test_micro_batches_are_of_like_length_and_trimmed():
 
 
 def test_inner_steps_keep_the_probabilities_of_the_sampling_policy(monkeypatch):
-    """(!7): the old log-probabilities are those of the first pass, for all µ passes."""
+    """(!6): the old log-probabilities are those of the first pass, for all µ passes."""
     policy, rollout, seen = make_policy(10, scale=2.0), None, []
     rollout = make_rollout(policy)
     loss = gsm.grpo_loss
@@ -2136,28 +2137,23 @@ def test_the_start_is_made_once_and_whole(tmp_path, capsys):
     assert (again / "model.safetensors").read_bytes() == weights  # the seed decides everything
 
 
-def test_the_study_compares_all_variants_and_writes_its_table(policy_folder, tmp_path, monkeypatch, capsys):
+def test_the_study_compares_all_variants_and_writes_its_table(policy_folder, tmp_path, monkeypatch):
     shown = []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gsm, "STUDY_SEEDS", (0, 1))
     monkeypatch.setattr(gsm, "fine_tune", lambda model, tokenizer, rows, num_steps, seed: shown.append(num_steps))
     monkeypatch.setattr(gsm, "make_start", lambda folder, seed: (
         policy_folder / "model", policy_folder / "train.jsonl", policy_folder / "test.jsonl"))
-    options = "--study --num-steps 2 --batch-size 8 --num-generations 4 --max-completion-length 6 --eval-every 0".split()
-    assert gsm.main(options) == 0
-    rows = json.loads((tmp_path / "results" / "gsm8k" / "results.json").read_text())["rows"]
-    assert [(row["variant"], row["seed"]) for row in rows] == [(v, s) for s in (0, 1) for v in gsm.VARIANTS]
+    changes = dict(num_steps=2, batch_size=8, num_generations=4, max_completion_length=6, eval_every=0)
+    study(tmp_path, tmp_path, seeds=(0, 1), **changes)
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [(row["variant"], row["seed"]) for row in rows] == [(v, s) for s in (0, 1) for v in VARIANTS]
     assert shown == [2, 2]  # 2 × 8 × 4 completions are 2 batches of 32 demonstrations
     for row in rows:
         assert [e["step"] for e in row["evaluations"]] == [0, 2] and row["settings"]["seed"] == row["seed"]
-        for name, value in (gsm.VARIANTS[row["variant"]] or {}).items():
+        for name, value in (VARIANTS[row["variant"]] or {}).items():
             assert row["settings"][name] == value
-    table = (tmp_path / "results" / "gsm8k" / "tables.md").read_text(encoding="utf-8")
-    assert gsm.format_study(rows) in table and all(f"| {v} |" in table for v in gsm.VARIANTS)
-    assert (tmp_path / "results" / "gsm8k" / "study.png").stat().st_size > 10_000
-    with pytest.raises(SystemExit) as error:
-        gsm.main(options)
-    assert error.value.code == 2 and "runs/study exists" in capsys.readouterr().err
+    table = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert format_study(rows) in table and all(f"| {v} |" in table for v in VARIANTS)
+    assert (tmp_path / "study.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -2397,14 +2393,14 @@ def test_the_second_file_knows_what_it_needs_too():
 def test_the_glossary_of_the_readme_names_every_metric():
     for name in (*METRICS[1:], "accuracy", "skipped_updates", *EVALUATION[2:5]):
         assert f"`{name}`" in README, name
-    section = GSM_SOURCE.partition("# 12. The training loop")[2].partition("\n\n")[0]
+    section = GSM_SOURCE.partition("# 10. The training loop")[2].partition("\n\n")[0]
     for name in METRICS[1:]:
         assert name in section, name
 
 
 def test_the_committed_rehearsals_meet_the_targets():
-    rows = json.loads((HERE / "results" / "gsm8k" / "results.json").read_text())["rows"]
-    assert {(row["variant"], row["seed"]) for row in rows} == {(v, s) for v in gsm.VARIANTS for s in gsm.STUDY_SEEDS}
+    rows = json.loads((GSM_RESULTS / "results.json").read_text())["rows"]
+    assert {(row["variant"], row["seed"]) for row in rows} == {(v, s) for v in VARIANTS for s in (0, 1, 2)}
     for row in rows:
         before, after = row["evaluations"][0], row["evaluations"][-1]
         assert before["strict"] <= 0.55 and before["examples"] == 222
@@ -2412,7 +2408,7 @@ def test_the_committed_rehearsals_meet_the_targets():
             assert after["strict"] >= 0.9
         if row["variant"].startswith("control"):
             assert after["strict"] <= 0.55
-    assert gsm.format_study(rows) in (HERE / "results" / "gsm8k" / "tables.md").read_text(encoding="utf-8")
+    assert format_study(rows) in (GSM_RESULTS / "tables.md").read_text(encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2535,6 +2531,102 @@ def test_peak_memory_does_not_grow_with_tokens_times_vocabulary():
         kept[tokens] = sum(sizes.values())
     table = 4 * 2 * (512 - 64) * 50_000  # bytes
     assert 0 < kept[512] - kept[64] < 0.05 * table
+
+
+# --------------------------------------------------------------------------------------------------
+# Study of the rehearsal: python test_grpo.py --study; about 25 minutes on two cores. Every variant
+# from the same start, for each seed; the changes are to the rehearsal's settings.
+
+VARIANTS = {
+    "GRPO as in the rehearsal": {},
+    "process supervision": {"supervision": "process"},
+    "loss type dapo": {"loss_type": "dapo"},
+    "loss type dr_grpo": {"loss_type": "dr_grpo"},
+    "loss type cispo": {"loss_type": "cispo"},
+    "control: format reward only": {"reward": "format"},
+    "control: more SFT, no GRPO": None,
+}
+
+
+def study(folder, results=GSM_RESULTS, seeds=(0, 1, 2), **changes):
+    """Train every variant in `folder`; figures, table and plot go to `results`, rows as they come."""
+    rows = []
+    for seed in seeds:
+        started = time.perf_counter()
+        start, train_file, test_file = gsm.make_start(folder / f"start-{seed}", seed)
+        start_seconds = time.perf_counter() - started
+        train_rows, test_rows = gsm.load_rows(train_file), gsm.load_rows(test_file)
+        for name, variant in VARIANTS.items():
+            print(f"\nseed {seed}, {name}", flush=True)
+            (tokenizer, _), model = gsm.load_tokenizer(start), gsm.load_policy(start, "cpu")
+            out = folder / f"{seed} {name}".replace(":", "")
+            its = gsm.REHEARSAL | dict(num_steps=80, seed=seed, output_dir=str(out)) | changes
+            its = gsm.Settings(**its | (variant or {}))
+            started = time.perf_counter()
+            if variant is not None:
+                gsm.train_with_grpo(model, tokenizer, train_rows, its, test_rows)
+                evaluations = gsm.load_json_lines(out / "eval.jsonl")
+            else:  # as many demonstrations as GRPO has completions
+                sequences = its.num_steps * its.batch_size * its.num_generations
+                before = gsm.evaluate_model(model, tokenizer, test_rows, its.max_completion_length, 256)
+                demonstrations = gsm.load_json_lines(train_file)
+                gsm.fine_tune(model, tokenizer, demonstrations, sequences // 32, seed + 1000)
+                after = gsm.evaluate_model(model, tokenizer, test_rows, its.max_completion_length, 256)
+                evaluations = [{"step": 0, **before}, {"step": its.num_steps, **after}]
+            rows.append({
+                "variant": name, "seed": seed, "evaluations": evaluations, "start_seconds": round(start_seconds, 1),
+                "train_seconds": round(time.perf_counter() - started, 1),
+                "settings": asdict(its) | {"output_dir": ""}, **gsm.versions(),
+            })
+            text = ",\n".join(json.dumps(row) for row in rows)
+            (results / "results.json").write_text(f'{{"rows": [\n{text}\n]}}\n', encoding="utf-8")
+    (results / "tables.md").write_text(f"# python test_grpo.py --study\n\n{format_study(rows)}\n", encoding="utf-8")
+    draw_study(rows, results)
+    print(format_study(rows))
+
+
+def format_study(rows):
+    """The Markdown table of a study: mean (lowest to highest seed) of each variant."""
+    lines = [
+        "| | strict before, % | strict after, % | lenient after, % | all tags, % | tokens |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in VARIANTS:
+        runs = [row["evaluations"] for row in rows if row["variant"] == name]
+        cells = []
+        for which, metric, factor in (
+            (0, "strict", 100), (-1, "strict", 100), (-1, "lenient", 100), (-1, "format", 100),
+            (-1, "mean_length", 1),
+        ):
+            x = [factor * run[which][metric] for run in runs]
+            cells.append(f"{statistics.fmean(x):.1f} ({min(x):.1f} to {max(x):.1f})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    n = rows[0]["evaluations"][0]["examples"]
+    lines.append(f"\nMean of {len({row['seed'] for row in rows})} seeds (lowest to highest); {n} held-out problems.")
+    return "\n".join(lines)
+
+
+def draw_study(rows, folder):
+    """study.png: held-out accuracy of four variants by step, mean and range over the seeds."""
+    plt = gsm.load_pyplot()
+    figure, axis = plt.subplots(figsize=(8, 4))
+    names = list(VARIANTS)
+    for name, colour, style, marker in zip(
+        (names[0], names[1], names[5], names[6]),
+        ("#0072B2", "#009E73", "#E69F00", "#D55E00"), ("-", "--", "-.", ":"), "osD^",
+    ):
+        runs = [row["evaluations"] for row in rows if row["variant"] == name]
+        x = [record["step"] for record in runs[0]]
+        y = [[100 * run[i]["strict"] for run in runs] for i in range(len(x))]  # [step][seed]
+        middle = [statistics.fmean(v) for v in y]
+        axis.plot(x, middle, style, color=colour, marker=marker, label=name)
+        low, high = [min(v) for v in y], [max(v) for v in y]
+        axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+    axis.set(xlabel="step (256 completions, or as many demonstrations)", ylim=(-2, 102))
+    axis.set(ylabel="held-out problems right, greedy, %", title="Mean and range of three seeds")
+    figure.legend(loc="outside right center")
+    figure.savefig(folder / "study.png")
+    plt.close(figure)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2667,7 +2759,7 @@ def benchmark(folder):
         print(rows[-1], flush=True)
     import trl
 
-    out = HERE / "results" / "gsm8k"
+    out = GSM_RESULTS
     made = gsm.versions() | {"trl": trl.__version__}
     (out / "benchmark.json").write_text(json.dumps({"made_with": made, "rows": rows}, indent=1) + "\n")
     (out / "benchmark.md").write_text(f"# python test_grpo.py --benchmark\n\n{format_benchmark(rows)}\n", encoding="utf-8")
@@ -2677,8 +2769,14 @@ def benchmark(folder):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
         print(json.dumps(measure(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))))
+    elif sys.argv[1:] == ["--study"]:
+        with tempfile.TemporaryDirectory() as folder:
+            study(Path(folder))
     elif sys.argv[1:] == ["--benchmark"] and GSM8K:
         with tempfile.TemporaryDirectory() as folder:
             benchmark(folder)
     else:
-        sys.exit("python -m pytest test_grpo.py runs the tests; GSM8K=DIR python test_grpo.py --benchmark measures")
+        sys.exit(
+            "python -m pytest test_grpo.py runs the tests; python test_grpo.py --study and "
+            "GSM8K=DIR python test_grpo.py --benchmark make results/gsm8k/"
+        )
