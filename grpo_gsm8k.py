@@ -667,37 +667,28 @@ def grpo_loss(
 # ==================================================================================================
 # 7. A worked example, to follow with a pencil
 #
-# One question, four completions; from text to loss. The rehearsal prints it before it trains.
+# The rehearsal prints it before it trains. With a single prompt the batch is the group, so
+# batch_normalized equals normalized.
 
+EXAMPLE = """\
+Ann sold 48 clips in April and half as many in May. How many in all? (72) Four completions; the
+first three have all tags, the last is the number alone, where nobody can see that it is right.
 
-def worked_example():
-    """The text of the example: four completions, their rewards and advantages of every kind."""
-    answer = "72"  # 48 clips in April, half as many in May: how many in all?
-    reasoning = ("48/2 = 24\n48+24 = 72", "48/2 = 24\n48+24 = 73", "48/2 = 26\n48+26 = 74")
-    completions = [
-        f"<reasoning>\n{lines}\n</reasoning>\n<answer>\n{lines[-2:]}\n</answer>"
-        for lines in reasoning
-    ]
-    completions.append("72")  # right, but without the tags nobody can see that
-    rewards = torch.tensor([combined_reward(completions, [answer] * 4)])  # [batch=1 trial]
-    table = {"reward": rewards} | {mode: compute_advantages(rewards, mode) for mode in ADVANTAGES}
-    table = {name: [f"{x:.2f}" for x in row[0].tolist()] for name, row in table.items()}
-    # Process supervision, as if every character were a token.
-    steps = [
-        [(end - 1, reward) for end, reward in step_rewards(completion, answer)]
-        for completion in completions
-    ]
-    mask = torch.ones(4, max(len(completion) for completion in completions))  # [row pos]
-    by_token = compute_process_advantages(steps, mask)  # [row pos]
-    table["step rewards"] = [" ".join(f"{reward:.0f}" for _, reward in row) for row in steps]
-    table["process"] = [
-        " ".join(f"{by_token[i, end]:+.1f}" for end, _ in row) for i, row in enumerate(steps)
-    ]
-    heads = [*(lines.replace("\n", ", ") for lines in reasoning), "only 72"]
-    lines = [f"{'':18}" + "".join(f"{head:>24}" for head in heads)]
-    lines += [f"{name:18}" + "".join(f"{x:>24}" for x in row) for name, row in table.items()]
-    return "\n".join(lines)
+reasoning         48/2 = 24        48/2 = 24        48/2 = 26        none
+                  48+24 = 72       48+24 = 73       48+26 = 74
+answer            72               73               74               72, without tags
+correctness        2.00             0.00             0.00             0.00
+format             0.80             0.80             0.80             0.00
+reward             2.80             0.80             0.80             0.00      mean 1.10, std 1.19
+normalized         1.42            -0.25            -0.25            -0.92
+centered           1.70            -0.30            -0.30            -1.10
+leave_one_out      2.27            -0.40            -0.40            -1.47
+step rewards      1 1 1            1 0 0            0 1 0            0          (section 11)
+process           2.8 1.9 0.9      -0.9 -1.9 -0.9   -0.9 0.0 -0.9    -0.9       a token of each step
 
+In the first update every ratio is 1, and the loss is minus the mean advantage: 0. It teaches all
+the same: its gradient at the log-probability of each of a completion's n tokens is −Â / (4 n), so
+the first completion becomes likelier and the others less likely, the bare number most of all."""
 
 # ==================================================================================================
 # 8. Settings
@@ -2091,7 +2082,7 @@ def main(argv=None):
                     torch.cuda.set_device(device)
                 dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
             if settings.rehearsal:
-                say(f"{worked_example()}\n")
+                say(f"{EXAMPLE}\n")
             job = prepare(settings, device)
         except ValueError as error:
             parser.error(str(error))

@@ -7,28 +7,36 @@
 
 A tiny model is asked to sort a few numbers. It gets no right answers to imitate, only a reward for
 each response that it samples. This file holds everything that happens in between, in the order in
-which it happens, with eight advantages ("deltas") and five losses in common use, and then measures
-what each choice does. It needs torch and tqdm; matplotlib draws the plots. Task, model and function
-names follow lecture 17 of Stanford's CS336 (2025), whose settings are "the classic experiment".
+which it happens, and then measures what each choice does.
+
+GRPO, Group Relative Policy Optimization, is a choice of parts: a group of responses to each prompt
+(section 3), each weighted by how much better it was than its group (`normalized_rewards`, section
+4), the clipped loss (6) and, if wanted, the KL penalty k3 (8). PPO, Proximal Policy Optimization,
+has a trained critic (9) in place of the group. The other names in the tables, REINFORCE, RLOO, Dr.
+GRPO, DAPO, GSPO, CISPO, exchange one of these parts or leave it out: in all there are eight weights
+("deltas") and five losses here. Task, model and function names follow lecture 17 of Stanford's
+CS336 (2025), whose settings are "the classic experiment".
 
     python grpo_sort.py            the study, about two minutes on two CPU cores
     python grpo_sort.py --quick    a taste in ten seconds
-    python grpo_sort.py --full     longer sweeps and a larger task: made results/sort/
+    python grpo_sort.py --full     wider sweeps and a larger task: what made results/sort/
     python grpo_sort.py --delta centered_rewards --loss cispo     train one variant, watch it learn
     python grpo_sort.py --help     every setting
 
 The algorithm is sections 1 to 10; 11 and 12 measure it, 13 is the command line.
 
-    1 task and rewards    4 advantages (deltas)    7 worked example    10 training loop
-    2 model               5 log-probabilities      8 KL penalty        11 exact gradients
-    3 sampling            6 losses                 9 PPO: critic, GAE  12 study, 13 command line
+    1 task and rewards    5 log-probabilities     9 PPO: critic, GAE    13 command line
+    2 model               6 losses               10 training loop
+    3 sampling            7 worked example       11 exact gradients
+    4 deltas              8 KL penalty, entropy  12 study
 
 Shapes are written [batch trial pos]: `batch` prompts, `trial` responses sampled for each prompt
 (together they are its group), `pos` tokens in each; `vocab` different tokens, `dim` width of the
-model. The functions of sections 1 to 9 also take a leading `run` axis: many trainings side by side,
-each with its own model, none influencing another. Lines that are easy to get wrong carry a number,
-(!1) to (!7): the README lists them and test_grpo.py guards each. Functions whose docstring says
-"Needs: torch" can be copied alone.
+model. The functions of sections 1 to 9 also take a leading `run` axis, many trainings side by side,
+none influencing another; their comments leave it out, and so can you. → means "returns". Lines that
+are easy to get wrong carry a number, (!1) to (!7): the README lists them and test_grpo.py guards
+each. Functions whose docstring says "Needs: torch" can be copied alone. The file itself needs torch
+and tqdm; matplotlib draws the plots.
 """
 
 import argparse
@@ -60,9 +68,10 @@ from tqdm import tqdm
 #
 #     prompt [3 2 4]      right response [2 3 4]
 #
-# In the language of reinforcement learning the prompt is the state s, the whole response is the
-# action a, and the reward R(s, a) says how good it was. Nobody shows the model the right response.
-# How much a reward gives for responses that are partly right decides what can be learned from it.
+# In the language of reinforcement learning the model is the policy π: π(a | s) is the probability
+# that it answers the prompt s, the state, with the response a, the action. The reward R(s, a) says
+# how good that was. Nobody shows the model the right response, so what a reward gives for responses
+# that are partly right decides what can be learned from it.
 
 
 def sorted_target(prompts, responses):
@@ -86,16 +95,17 @@ def sort_distance_reward(prompts, responses):
 
 
 def sort_inclusion_ordering_reward(prompts, responses):
-    """One point for each prompt token that occurs in the response, one for each adjacent response
-    pair with x ≤ y: 0 … 2n − 1.
+    """One point for each prompt token that occurs in the response, one for each pair of neighbours
+    x, y in the response with x ≤ y: 0 … 2n − 1.
 
     More generous than the distance reward, and exploitable: a prompt token is "included" however
     often it occurs, so for the prompt [1 1 2] the wrong response [1 2 2] earns the full 5 points.
 
     prompts int[batch pos], responses int[batch trial pos] → float[batch trial]
     """
-    wanted = sorted_target(prompts, responses).unsqueeze(-1)  # [batch 1 pos 1], of the prompt
-    found = (wanted == responses.unsqueeze(-2)).any(dim=-1)  # [batch trial pos]
+    wanted = sorted_target(prompts, responses).unsqueeze(-1)  # [batch 1 pos 1]
+    equal = wanted == responses.unsqueeze(-2)  # [batch trial pos pos], of prompt and of response
+    found = equal.any(dim=-1)  # [batch trial pos], of the prompt
     inclusion = found.float().sum(dim=-1)  # [batch trial]
     ordering = (responses[..., :-1] <= responses[..., 1:]).float().sum(dim=-1)  # [batch trial]
     return inclusion + ordering
@@ -146,9 +156,9 @@ CLASSIC_PROMPTS = ((1, 0, 2), (3, 2, 4), (1, 2, 3))  # the training set of the c
 # π(a | s) = Π_q softmax(logits_q)[a_q].
 #
 # `init_scale` is the standard deviation of E. E enters twice, so the initial logits have a standard
-# deviation of about init_scale² √(n dim): 5.5 at scale 1, where the untrained policy has all but
-# decided already, and 0.05 at 0.1, where it is nearly uniform. A decided policy samples the same
-# response again and again, and what is never sampled can never be rewarded (experiment 2).
+# deviation of about init_scale² √(n dim): 5.5 at scale 1, where the untrained policy already puts
+# nearly all probability on one response, and 0.05 at 0.1, where it is nearly uniform. What is never
+# sampled can never be rewarded (experiment 2).
 
 
 class Model(nn.Module):
@@ -157,7 +167,8 @@ class Model(nn.Module):
     def __init__(self, vocab_size, embedding_dim, prompt_length, response_length,
                  init_scale=1.0, num_runs=None, generator=None):
         super().__init__()
-        runs, dim = () if num_runs is None else (num_runs,), embedding_dim
+        runs = () if num_runs is None else (num_runs,)
+        dim = embedding_dim
 
         def normal(*shape, scale):
             return nn.Parameter(scale * torch.randn(*runs, *shape, generator=generator))
@@ -218,8 +229,9 @@ def compute_exact_match(prompts, model):
 # ==================================================================================================
 # 4. From rewards to advantages (deltas)
 #
-# We climb the expected reward J = E_{a∼π}[R(s, a)]. Its gradient cannot be taken through the
-# sampling, but ∇π = π ∇log π turns it into an expectation again:
+# We climb the expected reward J = E_{a∼π}[R(s, a)] = Σ_a π(a | s) R(s, a), the mean reward of what
+# the policy samples. Its gradient ∇J by the model's parameters cannot be taken through the
+# sampling, but ∇π = π ∇log π turns it into a mean over samples again, the policy gradient:
 #
 #     ∇J = Σ_a ∇π(a | s) R(s, a) = E_{a∼π}[ R(s, a) ∇log π(a | s) ]        (REINFORCE)
 #
@@ -228,30 +240,32 @@ def compute_exact_match(prompts, model):
 # changes nothing in expectation, since E[∇log π] = Σ_a ∇π = ∇1 = 0, and removes most of the noise.
 # The weight that is left, δ = R − b, estimates the advantage: how much better than usual was this?
 #
-# PPO learns b(s) with a second network (section 9). GRPO samples a group of responses to the same
-# prompt and takes the group's mean. That contains the response's own reward, which shrinks the
-# expected gradient to (G − 1)/G of its length for a group of G; RLOO leaves the own reward out.
+# PPO learns b(s) with a second network (section 9). GRPO samples a group of G responses to the same
+# prompt and takes the group's mean. That contains the response's own reward: R − mean is (G − 1)/G
+# times R − mean of the others, so the expected gradient keeps its direction and is shorter by that
+# factor. RLOO leaves the own reward out.
 #
-# GRPO also divides by the group's standard deviation. That makes δ independent of the scale of the
-# reward, and a prompt on which few responses differ counts as much as any other. The price: prompts
-# are weighted by 1/std, so the expected update no longer points exactly along ∇J (experiment 6a),
-# and a group whose rewards differ by a trifle is blown up to full size.
+# GRPO also divides by the group's standard deviation. Then δ does not depend on the scale of the
+# reward, and a prompt with small differences in reward counts as much as one with large ones. That
+# is also the price: prompts weighted by 1/std no longer add up to the direction of ∇J (experiment
+# 6a), and a group whose rewards differ by a trifle is blown up to full size.
 #
 # A small example of what a baseline does: the rewards 11, 9 (first prompt) and 0, 2 (second prompt)
-# have a standard deviation of 5.32; minus each prompt's mean, +1, −1, −1, +1, it is 1.15.
+# have a standard deviation of 5.32, most of it the difference between the prompts, which says
+# nothing about the responses; minus each prompt's mean, +1, −1, −1, +1, it is 1.15.
 
 
 def compute_deltas(rewards, mode):
     """The weight δ of each response, from the rewards of its group.
 
-    rewards float[batch trial] → float[batch trial]; the group is the trial axis, and std is that of
-    torch, whose variance divides by G − 1
+    rewards float[batch trial] → float[batch trial]; r is one of them, its group the trial axis, and
+    std that of torch, whose variance divides by G − 1
 
     mode                  δ                                        source
     rewards               r                                        REINFORCE, Williams 1992
     centered_rewards      r − mean                                 Dr. GRPO, arXiv 2503.20783
     normalized_rewards    (r − mean) / (std + 1e-5)                GRPO, arXiv 2402.03300, § 4.1.2
-    max_rewards           r where it is the group's maximum, or 0  best of the group
+    max_rewards           r if it is the group's maximum, else 0   best of the group
     leave_one_out         r − mean of the others in the group      RLOO, arXiv 2402.14740
     batch_normalized      (r − mean) / (std of all r + 1e-5)       Lite PPO, arXiv 2508.08221
 
@@ -316,8 +330,9 @@ def compute_process_deltas(step_rewards):
 # ==================================================================================================
 # 5. Log-probabilities
 #
-# Where loss and KL penalty get their gradient: the sampled tokens are constants, their
-# log-probabilities under the current model are not.
+# The sampled tokens are constants, but their log-probabilities under the current model depend on
+# its parameters: every gradient of the policy flows through here. Tokens of a response are
+# independent in this model, so log π(a | s) = Σ_q log π(a_q | s), the sum over its tokens.
 
 
 def compute_log_probs(prompts, responses, model):
@@ -341,24 +356,30 @@ def compute_log_probs(prompts, responses, model):
 # ==================================================================================================
 # 6. Losses
 #
-# The naive loss −δ log π has the policy gradient as its gradient, but only for the policy that drew
-# the samples. Sampling is expensive, so one batch of samples is used for several gradient steps,
-# and after the first of them the policy π is no longer π_old, which sampled. Importance sampling
-# corrects for that: E_{a∼π}[δ] = E_{a∼π_old}[ρ δ] with the ratio
+# Descent on the naive loss −δ log π climbs the policy gradient, but only while the policy is the
+# one that drew the samples ("on-policy"). Sampling is expensive, so one batch of samples is used
+# for several gradient steps, and after the first of them the policy π is no longer π_old, which
+# sampled ("off-policy"). Importance sampling corrects for that, E_{a∼π}[δ] = E_{a∼π_old}[ρ δ], with
+# the ratio
 #
 #     ρ = π(a | s) / π_old(a | s) = exp(log π − log π_old)
 #
 # The ratio of a whole response is the product of its tokens' ratios, which swings wildly for long
 # ones, so PPO and GRPO take each token with its own ratio. At π = π_old that is the same gradient
-# (ρ = 1, ∇ρ = ∇log π: the first step is the naive one), further away an approximation. There ρ may
-# also explode, so PPO clips it: once a token has become 1+ε times as likely (if δ > 0) or 1−ε times
-# (if δ < 0) its gradient is cut to zero, which holds the policy back where the samples still count.
-# The minimum clips only in the direction in which δ pushes: with δ > 0 and ρ < 1−ε the clipped term
-# has no gradient, but the minimum picks ρ δ, so a token that went the wrong way can recover.
+# (ρ = 1, ∇ρ = ∇log π; the mean over tokens in place of the sum only divides by their number),
+# further away an approximation. There ρ may also explode, so PPO clips it:
 #
-# The quotient log π / log π_old, which has been taught as this ratio, is not one. Both logarithms
-# are negative, so its gradient is −∇log π / |log π_old|: it lowers what δ says to raise (section
-# 11 measures it).
+#     loss = −min(ρ δ, clip(ρ, 1 − ε, 1 + ε) δ)
+#
+#     δ > 0    ρ > 1 + ε  raised enough: no gradient     ρ < 1 − ε  fell all the same: full gradient
+#     δ < 0    ρ < 1 − ε  lowered enough: no gradient    ρ > 1 + ε  rose all the same: full gradient
+#
+# The left half holds the policy back where the samples still count. The right half is the work of
+# the minimum: the clipped term alone would be flat there too, and such a token could not come back.
+#
+# The quotient log π / log π_old, which has been taught as this ratio, is not one. It too is 1 at
+# the start, so the loss looks right; but both logarithms are negative, so its gradient is −∇log π /
+# |log π_old|, and it lowers what δ says to raise (section 11 measures it).
 
 
 def compute_loss(log_probs, deltas, mode, old_log_probs=None, epsilon=0.2, epsilon_high=None):
@@ -376,11 +397,9 @@ def compute_loss(log_probs, deltas, mode, old_log_probs=None, epsilon=0.2, epsil
     unclipped    −ρ δ                                                PPO, arXiv 1707.06347, eq. 6
     clipped      −min(ρ δ, clip(ρ, 1−ε, 1+ε_high) δ)                 PPO, eq. 7; ε_high: DAPO,
                                                                      arXiv 2503.14476
-    gspo         clipped, with ρ = exp(mean over pos of the log ρ)   GSPO, arXiv 2507.18071, where
-                                                                     ε = 3e-4 and ε_high = 4e-4
-    cispo        −stop_gradient(min(ρ, 1+ε_high)) · δ · log π        CISPO, arXiv 2506.13585
-
-    gspo is meant for one δ a response: its single ratio spreads the δ of a token over all tokens.
+    gspo         clipped, with one ρ for all tokens of a response:   GSPO, arXiv 2507.18071, where
+                 exp(mean over pos of (log π − log π_old))           ε = 3e-4 and ε_high = 4e-4
+    cispo        −min(ρ, 1+ε_high).detach() · δ · log π              CISPO, arXiv 2506.13585
 
     Raises ValueError for an unknown mode, shapes that do not fit, or a missing old_log_probs.
     Needs: torch.
@@ -403,7 +422,7 @@ def compute_loss(log_probs, deltas, mode, old_log_probs=None, epsilon=0.2, epsil
         shapes = [list(old_log_probs.shape), list(log_probs.shape)]
         raise ValueError(f"old_log_probs must have the shape of log_probs, not {shapes}")
 
-    # (!2) π_old is a constant. With a gradient through both, that of ρ at π = π_old would be zero.
+    # (!2) π_old is a constant: at π = π_old a gradient through both would cancel to zero.
     log_ratio = log_probs - old_log_probs.detach()  # [batch trial pos]
     if mode == "gspo":
         log_ratio = log_ratio.mean(dim=-1, keepdim=True)  # [batch trial 1], one for the sequence
@@ -425,54 +444,46 @@ LOSSES = ("naive", "unclipped", "clipped", "gspo", "cispo")
 # ==================================================================================================
 # 7. A worked example, to follow with a pencil
 #
-# One prompt, four responses, a policy that is still uniform over three tokens. The study prints it.
-# (With a single prompt the batch is the group, so batch_normalized equals normalized_rewards.)
+# The study prints it. With a single prompt the batch is the group, so batch_normalized equals
+# normalized_rewards.
 
+EXAMPLE = """\
+prompt [1 0 2], to be sorted; four responses, from a policy still uniform over three tokens
 
-def worked_example():
-    """The text of the example: rewards, every delta, the loss and the clip on four responses."""
-    prompts = torch.tensor([[1, 0, 2]])  # [batch pos]
-    responses = torch.tensor([[[0, 1, 2], [0, 1, 1], [0, 2, 1], [1, 0, 0]]])  # [batch trial pos]
-    rewards = compute_reward(prompts, responses, sort_distance_reward)  # [batch trial]
-    rows = {"reward": rewards} | {mode: compute_deltas(rewards, mode) for mode in DELTAS}
-    table = " " * 20 + "".join(f"{str(r):>12}" for r in responses[0].tolist())
-    for name, row in rows.items():
-        table += f"\n{name:20}" + "".join(f"{x:12.2f}" for x in row[0].tolist())
-    log_probs = torch.full(responses.shape, -math.log(3), requires_grad=True)  # [batch trial pos]
-    loss = compute_loss(log_probs, rows["centered_rewards"], "clipped", log_probs)
-    loss.backward()
-    ratio = math.exp(-0.8 + math.log(3))
-    gradient = " " * 20 + "".join(f"{g:+12.3f}" for g in log_probs.grad[0, :, 0].tolist())
-    return f"""prompt [1 0 2], four responses; the distance reward counts the right positions
-{table}
-Every token had probability 1/3 and has just been sampled, so every ratio is 1 and the
-clipped loss with centred rewards is −mean δ = {abs(loss.item()):.2f}. It is always 0 on the first
-step, and yet it teaches: its gradient at a token's log-probability is −δ/12, here
-{gradient}
-so descent raises the first two responses and lowers the others. When a token's
-log-probability has risen from −1.10 to −0.80, its ratio is {ratio:.2f}, above 1 + ε = 1.2:
-with δ > 0 it is not raised any further, with δ < 0 it is still pushed back down."""
+                       [0 1 2]   [0 1 1]   [0 2 1]   [1 0 0]
+distance reward           3.00      2.00      1.00      0.00    right positions; mean 1.50, std 1.29
+centered_rewards          1.50      0.50     -0.50     -1.50
+normalized_rewards        1.16      0.39     -0.39     -1.16
+leave_one_out             2.00      0.67     -0.67     -2.00
+max_rewards               3.00      0.00      0.00      0.00
+gradient               -0.1250   -0.0417    0.0417    0.1250    of the loss, by log π of each token
 
+Every token had probability 1/3 and has just been sampled, so every ratio is 1, and the clipped loss
+with centred rewards is minus the mean of δ: 0. It is 0 on every first step whose δ have mean 0, and
+yet it teaches: its gradient, −δ / 12 for 12 tokens, raises the first two responses and lowers the
+others. When a token's log-probability has risen from −1.10 to −0.80 its ratio is 1.35, above
+1 + ε = 1.2: with δ > 0 it is not raised any further, with δ < 0 it is still pushed down."""
 
 # ==================================================================================================
-# 8. The KL penalty
+# 8. The KL penalty and the entropy bonus
 #
-# A penalty that ties the policy to a reference policy π_ref (for a language model: the model before
-# this training), so that it does not forget everything that the reward does not ask for. It is
-# KL(π ‖ π_ref) = E_{a∼π}[log π − log π_ref], estimated from samples. With x = log π_ref − log π:
+# A penalty that ties the policy to a reference policy π_ref, so that it does not forget everything
+# that the reward does not ask for. For a language model π_ref is the model before this training;
+# here, where that is random, it is a copy renewed every ten epochs. The clip keeps π close to
+# π_old, which drew the samples; the penalty keeps it close to π_ref. The distance is the
+# Kullback-Leibler divergence, 0 if both agree and not symmetric, here estimated from samples of π:
 #
-#     k1 = −x              unbiased, may be negative
-#     k2 = x²/2            biased, never negative
-#     k3 = eˣ − x − 1      unbiased and never negative: the one in GRPO (arXiv 2402.03300, eq. 4)
+#     KL(π ‖ π_ref) = E_{a∼π}[log π − log π_ref]        with x = log π_ref − log π of a token:
 #
-# (John Schulman, "Approximating KL divergence", 2020.) That is about their values. As a loss it is
-# their gradients that count, and with the samples held fixed these are something else. For samples
-# of π itself (in training the first inner step; no ratio corrects the later ones) and independent
-# positions, as here: k1's is zero on average, k2's is that of KL(π ‖ π_ref), k3's that of the other
-# direction, KL(π_ref ‖ π); section 11 measures it. In an autoregressive model the sum over tokens
-# misses what a token does to later ones (arXiv 2506.09477).
+#                          as an estimate                  as a loss, its mean gradient is that of
+#     k1 = −x              unbiased, may be negative       nothing: E[∇log π] = 0
+#     k2 = x²/2            biased, never negative          KL(π ‖ π_ref)
+#     k3 = eˣ − x − 1      unbiased and never negative     KL(π_ref ‖ π), the other direction
 #
-# π_ref is not π_old: the clip holds on to the latter, the penalty to the former.
+# k3 is the one in GRPO (arXiv 2402.03300, eq. 4); the names are from J. Schulman, "Approximating KL
+# divergence", 2020. The last column holds with the samples fixed and drawn from π itself, as in the
+# first inner step, and for tokens that are independent, as here (section 11 measures it). In an
+# autoregressive model the loss misses what a token does to later ones (arXiv 2506.09477).
 
 
 def compute_kl_penalty(log_probs, ref_log_probs, estimator="k3"):
@@ -500,9 +511,9 @@ def compute_kl_penalty(log_probs, ref_log_probs, estimator="k3"):
 
 
 def compute_entropy(prompts, model):
-    """Mean entropy of a response token in nats, from the full distribution: 0 … log(vocab).
+    """Mean entropy of a response token in nats: 0 if it is certain, log(vocab) if it is uniform.
 
-    As a bonus in the loss it keeps the policy from deciding too early (PPO, eq. 9).
+    As a bonus, subtracted from the loss, it keeps the policy from deciding too early (PPO, eq. 9).
 
     prompts int[batch pos] → scalar, or float[run]
     """
@@ -525,18 +536,21 @@ def compute_exact_kl(prompts, model, ref_model):
 # ==================================================================================================
 # 9. PPO, the algorithm that GRPO simplifies
 #
-# PPO has no group. It learns the baseline: a critic V(state) predicts the reward that is still to
-# come, where the state before token t is the prompt and the tokens before t. With it, every token
-# gets an advantage of its own from the temporal-difference errors
+# PPO has no group. It learns the baseline: a second network, the critic V, predicts the reward that
+# is still to come. Each token is an action of its own now, and the state before it is the prompt
+# and the tokens so far. (The model above ignores those; the critic does not.) A token's advantage
+# is what the critic learns as it appears, the temporal-difference error, and what it learns
+# afterwards:
 #
-#     e_t = r_t + γ V_{t+1} − V_t          "was this token better than what V expected?"
-#     Â_t = Σ_l (γλ)^l e_{t+l}             generalized advantage estimation (GAE)
+#     e_t = r_t + γ V_{t+1} − V_t          was token t better than V expected?
+#     Â_t = Σ_{l≥0} (γλ)^l e_{t+l}         generalized advantage estimation (GAE); the token's δ
 #
-# with r_t the reward given with token t (here R with the last one, else 0), the discount γ (here 1)
-# and V = 0 after the end. λ = 1 is the reward to come minus V (unbiased, noisy), λ = 0 trusts V
-# completely. The critic is trained at the same time by least squares: what is minimised is
-# −L_CLIP + c₁ L_VF − c₂ H, with the clipped objective of section 6, the squared error L_VF of V and
-# the entropy H. (PPO, arXiv 1707.06347, eq. 9, maximises: there the value loss is subtracted.)
+# r_t is the reward given with token t (here R with the last one, else 0), the discount γ makes
+# later rewards count less (here it is 1), and V = 0 after the end. With λ = 1 the sum telescopes to
+# the reward to come minus V_t, unbiased and noisy; with λ = 0 it trusts V completely. The critic is
+# trained at the same time by least squares: what is minimised is −L_CLIP + c₁ L_VF − c₂ H, with the
+# clipped objective of section 6, the squared error L_VF of V and the entropy H. (PPO, arXiv
+# 1707.06347, eq. 9, maximises: there the value loss is subtracted.)
 
 
 class Critic(nn.Module):
@@ -547,7 +561,7 @@ class Critic(nn.Module):
     ):
         super().__init__()
         runs = () if num_runs is None else (num_runs,)
-        features = (prompt_length + response_length) * vocab_size + response_length
+        features = (prompt_length + response_length) * vocab_size + response_length  # see forward
         weights = torch.randn(*runs, features, hidden, generator=generator)
         self.hidden_weights = nn.Parameter(weights * (prompt_length + response_length) ** -0.5)
         self.value_weights = nn.Parameter(torch.zeros(*runs, hidden))  # so that V starts at 0
@@ -595,10 +609,11 @@ def compute_gae(token_rewards, values, gamma=1.0, lam=0.95):
 # ==================================================================================================
 # 10. The training loop
 #
-# for every epoch:
+# for every epoch, which is a round of sampling:
 #     sample a group of responses to every prompt with the current policy, π_old
 #     reward them; turn rewards into deltas
-#     for every inner step: the log-probabilities now → loss (+ KL penalty − entropy bonus) → Adam
+#     for every inner step, a gradient step on these samples:
+#         the log-probabilities now → loss (+ KL penalty − entropy bonus) → Adam
 #
 # The losses of all runs are summed and differentiated together. No run's parameters appear in
 # another's loss, and Adam works on each number alone, so the runs stay independent. (They draw from
@@ -643,7 +658,7 @@ def check_settings(prompts, vocab_size, num_runs, deltas_mode, loss_mode, kl_est
         # 1e-30 stands for "above 0"
         *((name, 1e-30, math.inf) for name in ("learning_rate", "init_scale", "epsilon_high")),
         ("epsilon", 1e-30, 1),
-        *((name, 0, math.inf) for name in ("kl_penalty", "entropy_bonus")),
+        *((name, 0, math.inf) for name in ("kl_penalty", "entropy_bonus", "value_coefficient")),
         ("seed", 0, 2**63),
     ):
         if numbers[name] is not None and not low <= numbers[name] < high:
@@ -676,7 +691,7 @@ def estimate_advantages(mode, prompts, responses, rewards, critic=None):
     token_rewards[..., -1] = rewards  # the whole reward comes with the last token
     with torch.no_grad():
         advantages, returns = compute_gae(token_rewards, critic(prompts, responses))
-    # Not in the paper's formulas, but in every PPO: normalised over all tokens of the batch.
+    # Not in the paper's formulas, but in most implementations: normalised over all tokens.
     mean = advantages.mean(dim=(-3, -2, -1), keepdim=True)  # [1 1 1]
     std = advantages.std(dim=(-3, -2, -1), keepdim=True)  # [1 1 1]
     return (advantages - mean) / (std + 1e-5), returns
@@ -768,7 +783,9 @@ def run_policy_gradient(
                 value_loss = (critic(batch, responses) - returns).square().mean(dim=(-3, -2, -1))
                 loss = loss + value_coefficient * value_loss  # [run]
             optimizer.zero_grad()
-            loss.sum().backward()  # (!7) the sum over runs, not the mean
+            # (!7) The sum over runs: their mean would divide each gradient by their number. (Adam
+            # hides that; plain SGD does not.)
+            loss.sum().backward()
             optimizer.step()
             losses.append(loss.detach())
 
@@ -1206,85 +1223,76 @@ TABLES = {
 FINDINGS = (
     "The classic settings hardly learn: after 100 epochs the model sorts {1|rewards|exact_match} "
     "of its own three prompts with raw, {1|centered_rewards|exact_match} with centred and "
-    "{1|normalized_rewards|exact_match} with normalised rewards, and all three in "
-    "{1|normalized_rewards|solved} runs.",
-    "The first cause is the initial policy, not the algorithm. With embeddings of scale 1 it "
-    "starts at an entropy of {2a|init_scale 1.0|entropy} of 1.61 nats, with {2a|init_scale "
-    "1.0|top} on the likeliest token: what is never sampled is never rewarded. A start near "
-    "uniform (scale 0.1) lifts exact match from {2b|+ normalized_rewards|exact_match} to {2b|+ "
-    "init_scale 0.1|exact_match}.",
-    "The second, on these three prompts, is the reward. With the distance reward {2b|+ distance "
-    "reward|solved} runs sort everything, still with the naive loss and the classic learning rate. "
-    "The recipe reaches {2c|inclusion-ordering reward|exact_match} with the inclusion-ordering "
-    "reward and {2c|exact reward|exact_match} with the all-or-nothing one.",
-    "The clip makes large steps safer; at the classic learning rate of 1e-3 it is not needed. At "
-    "5e-3 the task takes {2b|+ learning rate 5e-3 (the recipe)|epochs} epochs instead of {2b|+ "
-    "clipped loss|epochs}, and is solved in {2b|+ learning rate 5e-3 (the recipe)|solved} runs "
-    "with the clip, {2c|unclipped loss|solved} with the unclipped ratio, {2c|naive loss|solved} "
-    "with the naive loss. The clip is no guarantee: it stops the push on a token that has gone too "
-    "far, it does not bring it back, and at 1e-2 {2c|learning rate 1e-2|solved} runs, at 2e-2 "
-    "{2c|learning rate 2e-2|solved} sort everything in the end (some had, and lost it again).",
-    "With one inner step learning is on-policy, and naive and clipped loss are the same: "
-    "{4c|naive, 1|epochs} and {4c|clipped, 1|epochs} epochs. Twenty inner steps take {4c|clipped, "
-    "20|epochs} epochs and solve {4c|clipped, 20|solved} runs with the clip, {4c|naive, 20|solved} "
-    "with the naive loss, which has neither ratio nor clip.",
-    "With the clipped loss and the distance reward a baseline matters much, and which one little: "
-    "raw rewards {3 distance|rewards, clipped|exact_match}, centred {3 distance|centered_rewards, "
+    "{1|normalized_rewards|exact_match} with normalised rewards.",
+    "The first cause is the start, not the algorithm. With embeddings of scale 1 the untrained "
+    "policy has an entropy of {2a|init_scale 1.0|entropy} of 1.61 nats and {2a|init_scale "
+    "1.0|top} on the likeliest token; what is never sampled is never rewarded. Scale 0.1, nearly "
+    "uniform, lifts exact match from {2b|+ normalized_rewards|exact_match} to {2b|+ init_scale "
+    "0.1|exact_match}.",
+    "The second cause is the reward. With the distance reward {2b|+ distance reward|solved} runs "
+    "sort everything, still with the naive loss. The recipe reaches {2c|inclusion-ordering "
+    "reward|exact_match} with the inclusion-ordering reward, {2c|exact reward|exact_match} with "
+    "the all-or-nothing one.",
+    "The clip makes large steps safer. At a learning rate of 1e-3 it is not needed; at 5e-3 {2b|+ "
+    "learning rate 5e-3 (the recipe)|solved} runs sort everything with it, {2c|unclipped "
+    "loss|solved} with the unclipped ratio, {2c|naive loss|solved} with the naive loss. It stops "
+    "the push on a token that has gone too far, but does not bring it back: at 2e-2 {2c|learning "
+    "rate 2e-2|solved} are left.",
+    "With one inner step, on-policy, naive and clipped loss are the same ({4c|naive, 1|epochs} "
+    "and {4c|clipped, 1|epochs} epochs); with twenty, {4c|clipped, 20|solved} runs sort "
+    "everything with the clip and {4c|naive, 20|solved} without.",
+    "That there is a baseline matters much, which one little (clipped loss, distance reward): raw "
+    "rewards {3 distance|rewards, clipped|exact_match}, centred {3 distance|centered_rewards, "
     "clipped|exact_match}, normalised {3 distance|normalized_rewards, clipped|exact_match}, "
-    "leave-one-out {3 distance|leave_one_out, clipped|exact_match}; only the best of the group {3 "
+    "leave-one-out {3 distance|leave_one_out, clipped|exact_match}, best of the group {3 "
     "distance|max_rewards, clipped|exact_match}.",
-    "With the exact reward, which is 0 for most responses, raw rewards do as well as centred ones: "
-    "{3 exact|rewards, clipped|exact_match} and {3 exact|centered_rewards, clipped|exact_match}.",
-    "A group of 2 is too small ({4b|G = 2|solved} runs), 8 are enough ({4b|G = 8|solved}); a "
-    "larger group only saves epochs. In small groups rewarding every step may help: at G = 2 "
-    "process supervision reaches {4e|GRPO, process, G = 2|exact_match}, outcome supervision "
-    "{4e|GRPO, outcome, G = 2|exact_match}. (On unseen prompts it does not: {5a|GRPO, process "
-    "supervision|unseen}.)",
-    "PPO with a learned critic does as well as GRPO: {4e|PPO, G = 10|solved} and {4e|GRPO, "
-    "outcome, G = 10|solved} runs with 10 responses a prompt, {4e|PPO, G = 2|exact_match} and "
-    "{4e|GRPO, outcome, G = 2|exact_match} with 2. The critic costs: {4e|PPO, G = 10|parameters} "
-    "numbers to train instead of {4e|GRPO, outcome, G = 10|parameters}, and about twice the time "
-    "here (table 4e).",
-    "With one response a prompt there is no group to compare. PPO still runs, but hardly learns, "
-    "{4e|PPO, G = 1|exact_match}; process supervision without a critic does as well, {4e|GRPO, "
-    "process, G = 1|exact_match}.",
-    "A KL penalty of β = 0.1 does no harm with k2 or k3 ({4a|k3, β = 0.1|solved} runs with k3; the "
-    "reference is refreshed every 10 epochs, and one that never is, with β = 1, leaves {4a|k3, β = "
-    "1.0, reference never refreshed|solved}). With k1 it ruins the training ({4a|k1, β = "
-    "0.1|solved}): on average its gradient says nothing, and off policy it pushes down whatever "
-    "was sampled.",
-    "Unseen prompts, recommended settings, 3 numbers from 5: {5a|GRPO, recommended|unseen} are "
-    "sorted.",
-    "Unseen prompts, recommended settings, 5 numbers from 10: {5b|GRPO, recommended|unseen} are "
-    "sorted.",
-    "Without an entropy bonus RL sorts only {5a|GRPO, no entropy bonus|unseen} of the unseen "
-    "prompts of 3 numbers from 5. The rest is due neither to a lack of capacity (cross-entropy on "
-    "the answers: {5a|cross-entropy on the answers|unseen}) nor to sampling noise: climbing the "
-    "exact expected reward, without any sampling, stops at {5a|exact expected reward|unseen}. Its "
-    "gradient at the right token's logit is π(1 − π), which vanishes as π does; that of "
-    "cross-entropy, 1 − π, does not. Once the right answer to a rare kind of prompt has become "
-    "improbable (median π {5a|exact expected reward|left} where the answer is wrong) nothing "
-    "brings it back. These are prompts whose numbers crowd at one end, most often {5a|exact "
-    "expected reward|worst}, in parentheses the share of runs and orders. An entropy bonus keeps "
-    "their answers possible until the others are learned: {5a|exact expected reward, entropy "
-    "bonus|unseen}.",
+    "With the exact reward, which is 0 for most responses, raw rewards do as well as centred "
+    "ones: {3 exact|rewards, clipped|exact_match} and {3 exact|centered_rewards, "
+    "clipped|exact_match}.",
+    "Groups of 2 are too small ({4b|G = 2|solved} runs), of 8 large enough ({4b|G = 8|solved}); "
+    "larger ones only save epochs.",
+    "Rewarding every step helps small groups ({4e|GRPO, process, G = 2|exact_match} at G = 2, the "
+    "whole response {4e|GRPO, outcome, G = 2|exact_match}), but not unseen prompts ({5a|GRPO, "
+    "process supervision|unseen}).",
+    "PPO's learned critic does as well as GRPO's group: {4e|PPO, G = 10|solved} and {4e|GRPO, "
+    "outcome, G = 10|solved} runs at G = 10, {4e|PPO, G = 2|exact_match} and {4e|GRPO, outcome, G "
+    "= 2|exact_match} at G = 2. It costs {4e|PPO, G = 10|parameters} numbers to train instead of "
+    "{4e|GRPO, outcome, G = 10|parameters}.",
+    "With one response a prompt there is no group. PPO still runs, but hardly learns ({4e|PPO, G "
+    "= 1|exact_match}); process supervision without a critic does as well ({4e|GRPO, process, G = "
+    "1|exact_match}).",
+    "A KL penalty of β = 0.1 with k3 does no harm ({4a|k3, β = 0.1|solved} runs). With k1 it "
+    "ruins the training ({4a|k1, β = 0.1|solved}): on average its gradient is zero, and off "
+    "policy it pushes down whatever was sampled.",
+    "Unseen prompts, 3 numbers from 5: the recommended settings sort {5a|GRPO, "
+    "recommended|unseen}.",
+    "Unseen prompts, 5 numbers from 10: the recommended settings sort {5b|GRPO, "
+    "recommended|unseen}.",
+    "Without an entropy bonus it is {5a|GRPO, no entropy bonus|unseen} (3 from 5). The model "
+    "could do it (cross-entropy on the answers: {5a|cross-entropy on the answers|unseen}), and "
+    "sampling noise is not the cause: climbing the exact expected reward stops at {5a|exact "
+    "expected reward|unseen}. Its gradient at the right token's logit is π(1 − π), which vanishes "
+    "with π; that of cross-entropy, 1 − π, does not. Where the right answer to a rare kind of "
+    "prompt ({5a|exact expected reward|worst}: share of runs and orders that are wrong) has "
+    "become improbable (median π {5a|exact expected reward|left}), nothing brings it back. The "
+    "bonus keeps it possible until the others are learned.",
     "On 5 numbers from 10 the same is drastic: exact expected reward {5b|exact expected "
-    "reward|unseen}, with the bonus {5b|exact expected reward, entropy bonus|unseen}; GRPO without "
-    "it {5b|GRPO, no entropy bonus|unseen}, with it but with rewards divided by their standard "
-    "deviation {5b|GRPO, normalized_rewards|unseen}. What the recommended settings leave wrong is "
-    "the same few kinds in every run: {5b|GRPO, recommended|worst}.",
-    "The gradients, exactly: raw and leave-one-out rewards are unbiased (length "
-    "{6a|leave_one_out|length}); centring shrinks the gradient to (G − 1)/G without turning it "
-    "({6a|centered_rewards|length} at G = 4, cosine {6a|centered_rewards|cosine}); normalising "
-    "turns it a little (cosine {6a|normalized_rewards|cosine}), best of group more "
-    "({6a|max_rewards|cosine}). The baseline takes the noise from {6a|rewards|noise} to "
-    "{6a|leave_one_out|noise} times the gradient's length.",
+    "reward|unseen}, with the bonus {5b|exact expected reward, entropy bonus|unseen}; GRPO "
+    "without it {5b|GRPO, no entropy bonus|unseen}, with it but normalised rewards {5b|GRPO, "
+    "normalized_rewards|unseen}.",
+    "The gradients, exactly (G = 4): raw and leave-one-out rewards are unbiased (length "
+    "{6a|leave_one_out|length}); centring shortens the gradient to (G − 1)/G "
+    "({6a|centered_rewards|length}, cosine {6a|centered_rewards|cosine}); normalising turns it a "
+    "little ({6a|normalized_rewards|cosine}), best of the group more ({6a|max_rewards|cosine}). "
+    "The baseline takes the noise from {6a|rewards|noise} to {6a|leave_one_out|noise} of its "
+    "length.",
     "The quotient log π / log π_old points away from the policy gradient, cosine {6b|log π / log "
-    "π_old|cosine}; the ratio exp(log π − log π_old) along it, {6b|exp(log π − log π_old)|cosine}.",
+    "π_old|cosine}; the ratio exp(log π − log π_old) along it, {6b|exp(log π − log "
+    "π_old)|cosine}.",
     "As a loss, k3 has the gradient of KL(π_ref ‖ π) (error {6c|k3|error_from_ref}), k2 that of "
-    "KL(π ‖ π_ref) (error {6c|k2|error_to_ref}), k1 none. As an estimate k3 is unbiased, but this "
-    "far from the reference it spreads by {6c|k3|spread} times the KL, k1 by {6c|k1|spread}: its "
-    "low variance belongs to policies close to the reference.",
+    "KL(π ‖ π_ref) ({6c|k2|error_to_ref}), k1 none. As an estimate k3 is unbiased, but its low "
+    "variance belongs to policies close to the reference: here it spreads by {6c|k3|spread} times "
+    "the KL, k1 by {6c|k1|spread}.",
 )
 
 
@@ -1495,7 +1503,7 @@ def run_study(out, num_runs, seed, full=False, quick=False, plots=True):
         rows[experiment, label] = mine[experiment, label] = row
         save_rows(out / "results.json", rows)
 
-    print(worked_example(), end="\n\n", flush=True)
+    print(EXAMPLE, end="\n\n", flush=True)
     plan = plan_study(num_runs, seed, full, quick)
     status = 0
     total = sum(settings.get("num_epochs", 100) for *_, settings in plan)

@@ -312,6 +312,32 @@ def test_all_losses_have_the_policy_gradient_on_policy():
         assert torch.allclose(log_probs.grad, wanted, atol=1e-7), mode
 
 
+def numbers_of(example, name, count=4):
+    """The first numbers in a line of a worked example."""
+    line = next(line for line in example.split("\n") if line.startswith(name + " "))
+    return [float(x) for x in line[len(name):].split()[:count]]
+
+
+def test_the_worked_example_is_what_the_functions_give():
+    responses = torch.tensor([[[0, 1, 2], [0, 1, 1], [0, 2, 1], [1, 0, 0]]])
+    assert all(str(list(r)).replace(",", "") in gs.EXAMPLE for r in responses[0].tolist())
+    rewards = gs.sort_distance_reward(torch.tensor([[1, 0, 2]]), responses)
+    assert rewards[0].tolist() == numbers_of(gs.EXAMPLE, "distance reward")
+    assert f"mean {rewards.mean():.2f}, std {rewards.std():.2f}" in gs.EXAMPLE
+    for mode in ("centered_rewards", "normalized_rewards", "leave_one_out", "max_rewards"):
+        deltas = gs.compute_deltas(rewards, mode)[0]
+        assert deltas.tolist() == pytest.approx(numbers_of(gs.EXAMPLE, mode), abs=0.005), mode
+    log_probs = torch.full((1, 4, 3), -math.log(3), requires_grad=True)
+    loss = gs.compute_loss(log_probs, gs.compute_deltas(rewards, "centered_rewards"), "clipped", log_probs)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-7)
+    for pos in range(3):
+        gradient = log_probs.grad[0, :, pos].tolist()
+        assert gradient == pytest.approx(numbers_of(gs.EXAMPLE, "gradient"), abs=5e-5)
+    assert f"{-math.log(3):.2f}".replace("-", "−") in gs.EXAMPLE
+    assert f"its ratio is {math.exp(-0.80 + math.log(3)):.2f}" in gs.EXAMPLE
+
+
 # --------------------------------------------------------------------------------------------------
 # KL, entropy, GAE, critic
 
@@ -1627,6 +1653,31 @@ def test_the_loss_refuses_what_does_not_fit(change, message):
     names = ("log_probs", "old_log_probs", "ref_log_probs", "advantages", "completion_mask")
     with pytest.raises(ValueError, match=message):
         gsm.grpo_loss(**dict(zip(names, random_step())) | change)
+
+
+def test_the_second_worked_example_is_what_the_functions_give():
+    reasoning = ("48/2 = 24\n48+24 = 72", "48/2 = 24\n48+24 = 73", "48/2 = 26\n48+26 = 74")
+    texts = [f"<reasoning>\n{t}\n</reasoning>\n<answer>\n{t[-2:]}\n</answer>" for t in reasoning] + ["72"]
+    rewards = torch.tensor([gsm.combined_reward(texts, ["72"] * 4)])
+    table = {
+        "correctness": gsm.correctness_reward(texts, ["72"] * 4), "format": gsm.format_reward(texts),
+        "reward": rewards[0].tolist(),
+        **{mode: gsm.compute_advantages(rewards, mode)[0].tolist() for mode in gsm.ADVANTAGES[:3]},
+    }
+    for name, values in table.items():
+        assert values == pytest.approx(numbers_of(gsm.EXAMPLE, name), abs=0.005), name
+    assert f"mean {rewards.mean():.2f}, std {rewards.std():.2f}" in gsm.EXAMPLE
+    steps = [[(end - 1, r) for end, r in gsm.step_rewards(text, "72")] for text in texts]
+    flat = [r for row in steps for _, r in row]
+    assert flat == numbers_of(gsm.EXAMPLE, "step rewards", 10)
+    by_token = gsm.compute_process_advantages(steps, torch.ones(4, 80))  # as if characters were tokens
+    flat = [by_token[i, end].item() for i, row in enumerate(steps) for end, _ in row]
+    assert flat == pytest.approx(numbers_of(gsm.EXAMPLE, "process", 10), abs=0.051)
+    log_probs = torch.zeros(4, 5, requires_grad=True)
+    gsm.grpo_loss(
+        log_probs, torch.zeros(4, 5), None, torch.tensor(table["normalized"]), torch.ones(4, 5), beta=0
+    )[0].backward()
+    assert log_probs.grad[0].tolist() == pytest.approx([-table["normalized"][0] / 20] * 5)
 
 
 # --------------------------------------------------------------------------------------------------
