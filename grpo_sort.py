@@ -1362,103 +1362,123 @@ def findings(rows):
     return found
 
 
+# The palette of Okabe and Ito, distinguishable with every kind of colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Plots of a dot and its interval for each row of a table: name, whether the panels stand one above
+# the other, and for each of them experiment, metric, factor, label of the axis, title.
+DOT_PLOTS = (
+    ("ladder", True, (
+        ("2b", "exact_match", 100, "", "From the classic settings to the recipe, step by step"),
+        ("2c", "exact_match", 100, "sorted after 100 epochs, greedy, %", "The recipe with one setting changed"),
+    )),
+    ("group_size", False, (
+        ("4b", "exact_match", 100, "sorted after 100 epochs, greedy, %", "in the end"),
+        ("4b", "epochs", 1, "first epoch that sorts all (never: 100)", "how soon"),
+    )),
+    ("unseen", True, (
+        ("5a", "unseen", 100, "", "3 numbers from 5"),
+        ("5b", "unseen", 100, "unseen prompts sorted, greedy, %", "5 numbers from 10"),
+    )),
+    ("gradients", False, (
+        ("6a", "length", 1, "length / length of ∇J", "bias: length"),
+        ("6a", "cosine", 1, "cosine with ∇J", "bias: direction (G = 4)"),
+        ("6a", "noise", 1, "std / length of the update", "noise"),
+    )),
+)
+
+
+def summarise_column(rows, experiment, metric):
+    """{label: (mean, interval)} of one column of a table; empty if it has no rows."""
+    chosen = {label: row[metric] for (e, label), row in rows.items() if e == experiment}
+    return {label: mean_and_interval(values) for label, values in chosen.items()}
+
+
+def draw_curves(plt, rows):
+    """Exact match by epoch, classic settings and recipe → figure, or None without the rows."""
+    curves = {(e, label): row["curve"] for (e, label), row in rows.items() if "curve" in row}
+    changes = ("+ init_scale 0.1", "+ distance reward", "+ learning rate 5e-3 (the recipe)")
+    lines = [("1", mode) for mode in DELTAS[:3]] + [("2b", change) for change in changes]
+    if not set(lines) <= set(curves):
+        return None
+    figure, axis = plt.subplots(figsize=(8, 4))
+    for i, (key, colour) in enumerate(zip(lines, COLOURS)):
+        mean, half = (100 * torch.tensor(x) for x in curves[key])  # each [epoch]
+        label = key[1].replace("+ learn", "+ clipped loss,\nlearn")
+        label = f"classic, {label}" if i < 3 else label
+        epochs = range(1, len(mean) + 1)
+        axis.plot(epochs, mean, label=label, color=colour, linestyle=("-", "--", ":")[i % 3])
+        band = (mean - half).clamp(min=0), (mean + half).clamp(max=100)
+        axis.fill_between(epochs, *band, color=colour, alpha=0.2, lw=0)
+    axis.set(xlabel="epoch (10 gradient steps)", ylabel="training prompts sorted, greedy, %")
+    axis.set(ylim=(-2, 103), title="Mean over the runs with its 95 % interval")
+    figure.legend(loc="outside right center", reverse=True)
+    return figure
+
+
+def draw_grid(plt, rows):
+    """Exact match of every delta, loss and reward → figure, or None without the rows."""
+    grids = {name: summarise_column(rows, f"3 {name}", "exact_match") for name in REWARDS}
+    grids = {name: grid for name, grid in grids.items() if len(grid) == len(LOSSES) * len(DELTAS)}
+    if not grids:
+        return None
+    size = (2.2 + 2.8 * len(grids), 3.4)
+    figure, axes = plt.subplots(1, len(grids), figsize=size, sharey=True, squeeze=False)
+    for axis, (name, grid) in zip(axes[0], grids.items()):
+        cells = [[100 * grid[f"{mode}, {loss}"][0] for loss in LOSSES] for mode in DELTAS]
+        image = axis.imshow(cells, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+        for y, x in itertools.product(range(len(DELTAS)), range(len(LOSSES))):
+            colour = "white" if cells[y][x] < 60 else "black"
+            axis.text(x, y, f"{cells[y][x]:.0f}", ha="center", va="center", color=colour)
+        axis.set_xticks(range(len(LOSSES)), LOSSES, rotation=30)
+        axis.set_yticks(range(len(DELTAS)), DELTAS)
+        axis.set(title=f"{name.replace('_', '-')} reward", xlabel="loss")
+        axis.grid(visible=False)
+    axes[0, 0].set_ylabel("delta")
+    figure.colorbar(image, ax=axes, label="sorted after 100 epochs, greedy, %")
+    return figure
+
+
+def draw_dots(plt, rows, stacked, panels):
+    """One of DOT_PLOTS → figure, or None without the rows."""
+    panels = [(summarise_column(rows, e, metric), *rest) for e, metric, *rest in panels]
+    panels = [panel for panel in panels if panel[0]]
+    if not panels:
+        return None
+    heights = [len(panel[0]) for panel in panels]
+    if stacked:
+        shape, options = (len(panels), 1), dict(sharex=True, height_ratios=heights)
+        size = (8, 1 + 0.8 * len(panels) + 0.3 * sum(heights))
+    else:
+        shape, options = (1, len(panels)), dict(sharey=True)
+        size = (8, 1.2 + 0.3 * heights[0])
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, **options)
+    for axis, (points, factor, xlabel, title) in zip(axes.flat, panels):
+        means, halves = ([factor * x for x in values] for values in zip(*points.values()))
+        upper = [min(h, 100 - m) if factor == 100 else h for m, h in zip(means, halves)]
+        axis.errorbar(means, list(points), xerr=(halves, upper), fmt="o", color=COLOURS[0])
+        axis.set(xlabel=xlabel, title=title, ylim=(len(points) - 0.5, -0.5))  # first row on top
+        axis.tick_params(labelbottom=True)
+    figure.supxlabel("dot and bar: mean over the runs and its 95 % interval", fontsize=9)
+    return figure
+
+
 def draw_plots(rows, out):
-    """Every plot whose rows are there, as PNG in the folder `out`; intervals are 95 %."""
+    """Every plot whose rows are there, as PNG in the folder `out`."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    # The palette of Okabe and Ito, distinguishable with every kind of colour vision.
-    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
     plt.rcParams.update({
         "figure.constrained_layout.use": True, "savefig.dpi": 150, "axes.titlesize": 10,
         "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
         "legend.fontsize": 9, "errorbar.capsize": 3,
     })
-
-    def column(experiment, metric):
-        """{label: (mean, interval)} of one column of an experiment; empty if it has no rows."""
-        chosen = {label: row[metric] for (e, label), row in rows.items() if e == experiment}
-        return {label: mean_and_interval(values) for label, values in chosen.items()}
-
-    curves = {(e, label): row["curve"] for (e, label), row in rows.items() if "curve" in row}
-    changes = ("+ init_scale 0.1", "+ distance reward", "+ learning rate 5e-3 (the recipe)")
-    lines = [("1", mode) for mode in DELTAS[:3]] + [("2b", change) for change in changes]
-    if set(lines) <= set(curves):
-        figure, axis = plt.subplots(figsize=(8, 4))
-        for i, (key, colour) in enumerate(zip(lines, colours)):
-            mean, half = (100 * torch.tensor(x) for x in curves[key])  # each [epoch]
-            label = key[1].replace("+ learn", "+ clipped loss,\nlearn")
-            label = f"classic, {label}" if i < 3 else label
-            epochs = range(1, len(mean) + 1)
-            axis.plot(epochs, mean, label=label, color=colour, linestyle=("-", "--", ":")[i % 3])
-            band = (mean - half).clamp(min=0), (mean + half).clamp(max=100)
-            axis.fill_between(epochs, *band, color=colour, alpha=0.2, lw=0)
-        axis.set(xlabel="epoch (10 gradient steps)", ylabel="training prompts sorted, greedy, %")
-        axis.set(ylim=(-2, 103), title="Mean over the runs with its 95 % interval")
-        figure.legend(loc="outside right center", reverse=True)
-        figure.savefig(out / "learning_curves.png")
-
-    grids = {name: column(f"3 {name}", "exact_match") for name in REWARDS}
-    grids = {name: grid for name, grid in grids.items() if len(grid) == len(LOSSES) * len(DELTAS)}
-    if grids:
-        size = (2.2 + 2.8 * len(grids), 3.4)
-        figure, axes = plt.subplots(1, len(grids), figsize=size, sharey=True, squeeze=False)
-        for axis, (name, grid) in zip(axes[0], grids.items()):
-            cells = [[100 * grid[f"{mode}, {loss}"][0] for loss in LOSSES] for mode in DELTAS]
-            image = axis.imshow(cells, vmin=0, vmax=100, cmap="cividis", aspect="auto")
-            for y, x in itertools.product(range(len(DELTAS)), range(len(LOSSES))):
-                colour = "white" if cells[y][x] < 60 else "black"
-                axis.text(x, y, f"{cells[y][x]:.0f}", ha="center", va="center", color=colour)
-            axis.set_xticks(range(len(LOSSES)), LOSSES, rotation=30)
-            axis.set_yticks(range(len(DELTAS)), DELTAS)
-            axis.set(title=f"{name.replace('_', '-')} reward", xlabel="loss")
-            axis.grid(visible=False)
-        axes[0, 0].set_ylabel("delta")
-        figure.colorbar(image, ax=axes, label="sorted after 100 epochs, greedy, %")
-        figure.savefig(out / "grid.png")
-
-    # The others: a dot and its interval for each row of a table, one above the other or abreast.
-    after, unseen = "prompts sorted after 100 epochs, greedy, %", "unseen prompts sorted, greedy, %"
-    for name, stacked, panels in (
-        ("ladder", True, [
-            ("2b", "exact_match", 100, "", "From the classic settings to the recipe, step by step"),
-            ("2c", "exact_match", 100, after, "The recipe with one setting changed"),
-        ]),
-        ("group_size", False, [
-            ("4b", "exact_match", 100, "sorted after 100 epochs, greedy, %", "in the end"),
-            ("4b", "epochs", 1, "first epoch that sorts all (never: 100)", "how soon"),
-        ]),
-        ("unseen", True, [
-            ("5a", "unseen", 100, "", "3 numbers from 5"),
-            ("5b", "unseen", 100, unseen, "5 numbers from 10"),
-        ]),
-        ("gradients", False, [
-            ("6a", "length", 1, "length / length of ∇J", "bias: length"),
-            ("6a", "cosine", 1, "cosine with ∇J", "bias: direction (G = 4)"),
-            ("6a", "noise", 1, "std / length of the update", "noise"),
-        ]),
-    ):
-        panels = [(column(e, metric), *rest) for e, metric, *rest in panels]
-        panels = [panel for panel in panels if panel[0]]
-        if not panels:
-            continue
-        heights = [len(panel[0]) for panel in panels]
-        if stacked:
-            shape, options = (len(panels), 1), dict(sharex=True, height_ratios=heights)
-            size = (8, 0.8 * len(panels) + 0.3 * sum(heights))
-        else:
-            shape, options = (1, len(panels)), dict(sharey=True)
-            size = (8, 1 + 0.3 * heights[0])
-        figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, **options)
-        for axis, (points, factor, xlabel, title) in zip(axes.flat, panels):
-            means, halves = ([factor * x for x in values] for values in zip(*points.values()))
-            upper = [min(h, 100 - m) if factor == 100 else h for m, h in zip(means, halves)]
-            axis.errorbar(means, list(points), xerr=(halves, upper), fmt="o", color=colours[0])
-            axis.set(xlabel=xlabel, title=title, ylim=(len(points) - 0.5, -0.5))  # first row on top
-            axis.tick_params(labelbottom=True)
-        figure.savefig(out / f"{name}.png")
+    figures = {"learning_curves": draw_curves(plt, rows), "grid": draw_grid(plt, rows)}
+    figures |= {name: draw_dots(plt, rows, *rest) for name, *rest in DOT_PLOTS}
+    for name, figure in figures.items():
+        if figure is not None:
+            figure.savefig(out / f"{name}.png")
     plt.close("all")
 
 
