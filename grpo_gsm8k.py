@@ -46,7 +46,7 @@ Shapes are written [row pos]: a row is one completion, pos counts tokens. `batch
 `trial` = num_generations completions each make batch·trial rows, those of a group one behind the
 other; `vocab` is the vocabulary, `dim` the model's width. → means "returns". Lines that are easy to
 get wrong carry a number, (!1) to (!8): the README lists them and test_grpo.py guards each.
-Functions whose docstring says "Needs:" can be copied with no more than what it names.
+Functions whose docstring says "Needs:" can be copied with what it names, and what that needs.
 
 One departure from the GRPO paper (arXiv 2402.03300): rewards, also those of single steps of the
 reasoning, come from rules and not from a trained model.
@@ -223,9 +223,10 @@ def parse_number(text):
     """
     text = LATEX_FRACTION.sub(r"\1/\2", text.replace("{,}", ","))
     found = list(itertools.islice(SIGNED_NUMBER.finditer(text), 2))
-    # ٣ or ½ would be a number that the pattern does not see; the exponent of cm² is none.
+    # ٣ or ½ would be a number that the pattern does not see; the exponent of cm² is none, but that
+    # of 10² is, and \frac12 is not 12.
     unseen = any(c.isnumeric() and c not in "²³" for c in text if not c.isascii())
-    if len(found) != 1 or unseen:
+    if len(found) != 1 or unseen or re.search(r"[0-9)][²³]|\\[dt]?frac[^{]", text):
         return None
     sign, inner_sign, digits, divisor = found[0].groups()
     number, divisor = read_number(digits), read_number(divisor or "1")
@@ -349,6 +350,42 @@ class Cache(DynamicCache):
         return super().update(keys, values, *args, **kwargs)
 
 
+@contextlib.contextmanager
+def eval_mode(model):
+    """All modules in eval mode inside the with-block, and each as it was behind it, errors or not.
+
+    Needs: contextlib.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def sample_tokens(logits, temperature=1.0, generator=None):
+    """A token for each row from softmax(logits / temperature); the likeliest if temperature is 0.
+
+    logits float[row vocab] → int[row]. Raises FloatingPointError if they are not finite. generator:
+    on the device of the logits; None: torch's own. Needs: torch.
+    """
+    logits = logits.float()  # [row vocab]
+    if not torch.isfinite(logits).all():
+        raise FloatingPointError("the model's logits are not finite")
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    # The first token where the cumulative probability exceeds a uniform number. (The same as
+    # torch.multinomial, which draws a random number for every entry of the vocabulary.)
+    cumulative = (logits / temperature).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    uniform = torch.rand(
+        len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator
+    )  # [row 1]
+    token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]  # [row]
+    return token.clamp(max=logits.shape[1] - 1)  # [row], should rounding reach the end
+
+
 @torch.no_grad()
 def generate_completions(
     model, tokenizer, prompts, num_generations, max_completion_length,
@@ -356,71 +393,56 @@ def generate_completions(
 ):
     """Sample num_generations completions of each prompt; greedy if temperature is 0.
 
-    prompts: texts as build_prompt makes them. Returns prompt_ids, prompt_mask int[row prompt_pos],
-    left-padded, each prompt repeated num_generations times in a row, and completion_ids,
-    completion_mask int[row pos], with pos ≤ max_completion_length. The same generator state gives
-    the same samples. Raises FloatingPointError if the logits are not finite.
-    Needs: torch, torch.nn.functional as F, transformers' DynamicCache; Cache, encode_prompts,
-    create_completion_mask, get_eos_token_ids.
+    model: a causal language model of transformers, not wrapped. prompts: texts as build_prompt
+    makes them. eos_token_ids: a list; None: those of get_eos_token_ids. generator: a
+    torch.Generator on the model's device; the same state gives the same samples.
+
+    Returns prompt_ids, prompt_mask int[row prompt_pos], left-padded, each prompt repeated
+    num_generations times in a row, and completion_ids, completion_mask int[row pos], padded behind
+    the end token, with 1 ≤ pos ≤ max_completion_length. Raises FloatingPointError if the logits are
+    not finite.
+    Needs: torch, torch.nn.functional as F; Cache, encode_prompts, create_completion_mask,
+    get_eos_token_ids, eval_mode, sample_tokens.
     """
-    was_training = model.training
-    # (!2) In train mode gradient checkpointing drops the KV cache, and the completions are wrong.
-    model.eval()
-    device = model.device
     eos_token_ids = eos_token_ids or get_eos_token_ids(model, tokenizer)
-    ends = torch.tensor(eos_token_ids, device=device)  # [end]
-    prompt_ids, prompt_mask = (x.to(device) for x in encode_prompts(tokenizer, prompts))
+    ends = torch.tensor(eos_token_ids, device=model.device)  # [end]
+    prompt_ids, prompt_mask = (x.to(model.device) for x in encode_prompts(tokenizer, prompts))
     # each [batch prompt_pos]
 
-    # Read the prompts, one pass for a whole group. Positions do not count the padding.
-    positions = (prompt_mask.cumsum(dim=-1) - 1).clamp(min=0)  # [batch prompt_pos]
-    cache = Cache(config=model.config)
-    output = model(
-        prompt_ids, attention_mask=prompt_mask, position_ids=positions,
-        past_key_values=cache, use_cache=True, logits_to_keep=1,
-    )
-    cache.batch_repeat_interleave(num_generations)  # [batch …] → [row …]
-
     def repeat(x):
-        return x.repeat_interleave(num_generations, dim=0)
+        return x.repeat_interleave(num_generations, dim=0)  # [batch …] → [row …]
 
-    logits = repeat(output.logits[:, -1])  # [row vocab]
-    mask, position = repeat(prompt_mask), repeat(positions[:, -1:])  # [row prompt_pos], [row 1]
-    active = torch.arange(len(mask), device=device)  # [active]: the rows that have not ended
-    completion_ids = torch.full(
-        (len(mask), max_completion_length), tokenizer.pad_token_id, device=device
-    )  # [row pos]
-    for t in range(max_completion_length):
-        logits = logits.float()  # [active vocab]
-        if not torch.isfinite(logits).all():
-            model.train(was_training)
-            raise FloatingPointError("the model's logits are not finite")
-        if temperature == 0:
-            token = logits.argmax(dim=-1, keepdim=True)  # [active 1]
-        else:
-            # The first token where the cumulative probability exceeds a uniform number. (The same
-            # as torch.multinomial, which draws a random number for every entry of the vocabulary.)
-            probs = (logits / temperature).softmax(dim=-1)  # [active vocab]
-            cumulative = probs.cumsum(dim=-1, dtype=torch.float64)  # [active vocab]
-            uniform = torch.rand(
-                len(probs), 1, dtype=torch.float64, device=device, generator=generator
-            )  # [active 1]
-            token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-            token = token.clamp(max=probs.shape[1] - 1)  # [active 1], should rounding reach the end
-        completion_ids[active, t] = token[:, 0]
-        going = (~torch.isin(token[:, 0], ends)).nonzero()[:, 0]  # indices into active
-        if len(going) == 0 or t == max_completion_length - 1:
-            break
-        if len(going) < len(active):  # rows that have ended are dropped, from the cache too
-            cache.batch_select_indices(going)
-            active, mask, position, token = (x[going] for x in (active, mask, position, token))
-        mask = F.pad(mask, (0, 1), value=1)  # [active prompt_pos+t+1]
-        position = position + 1  # [active 1]
+    # (!2) In train mode gradient checkpointing drops the KV cache, and the completions are wrong.
+    with eval_mode(model):
+        # Read the prompts, one pass for a whole group. Positions do not count the padding.
+        positions = (prompt_mask.cumsum(dim=-1) - 1).clamp(min=0)  # [batch prompt_pos]
+        cache = Cache(config=model.config)
         logits = model(
-            token, attention_mask=mask, position_ids=position,
-            past_key_values=cache, use_cache=True,
-        ).logits[:, -1]  # [active vocab]
-    model.train(was_training)
+            prompt_ids, attention_mask=prompt_mask, position_ids=positions,
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        ).logits[:, -1]  # [batch vocab]
+        cache.batch_repeat_interleave(num_generations)
+        # [row vocab], [row prompt_pos], [row 1]
+        logits, mask, position = repeat(logits), repeat(prompt_mask), repeat(positions[:, -1:])
+        active = torch.arange(len(mask), device=model.device)  # [active]: rows that have not ended
+        completion_ids = torch.full(
+            (len(mask), max_completion_length), tokenizer.pad_token_id, device=model.device
+        )  # [row pos]
+        for t in range(max_completion_length):
+            token = sample_tokens(logits, temperature, generator)  # [active]
+            completion_ids[active, t] = token
+            going = (~torch.isin(token, ends)).nonzero()[:, 0]  # indices into active
+            if len(going) == 0 or t == max_completion_length - 1:
+                break
+            if len(going) < len(active):  # rows that have ended are dropped, from the cache too
+                cache.batch_select_indices(going)
+                active, mask, position, token = (x[going] for x in (active, mask, position, token))
+            mask = F.pad(mask, (0, 1), value=1)  # [active prompt_pos+t+1]
+            position = position + 1  # [active 1]
+            logits = model(
+                token.unsqueeze(-1), attention_mask=mask, position_ids=position,
+                past_key_values=cache, use_cache=True,
+            ).logits[:, -1]  # [active vocab]
     completion_ids = completion_ids[:, : t + 1]  # [row pos]
     completion_mask = create_completion_mask(completion_ids, eos_token_ids)  # [row pos]
     return repeat(prompt_ids), repeat(prompt_mask), completion_ids, completion_mask
@@ -440,17 +462,18 @@ def generate_completions(
 # A group whose rewards are all equal has advantages of 0 and teaches nothing: a silent group. The
 # 1e-4, as in TRL, keeps a tiny spread from being blown up.
 
-ADVANTAGES = ("normalized", "centered", "leave_one_out", "batch_normalized")
-
 
 def compute_advantages(rewards, mode="normalized"):
     """One advantage for each completion.
 
-    rewards float[batch trial], a group to a line → the same shape. Raises ValueError for an unknown
-    mode, another shape, or groups of one. Needs: torch, ADVANTAGES.
+    rewards float[batch trial], a group to a line → float32[batch trial]; flatten() makes the rows
+    of grpo_loss of it. batch_normalized needs the rewards of the whole batch, of all processes.
+    Raises ValueError for an unknown mode, another shape, or groups of one. Needs: torch.
     """
-    if mode not in ADVANTAGES:
-        raise ValueError(f"mode {mode!r} is unknown; it may be {', '.join(ADVANTAGES)}")
+    if mode not in ("normalized", "centered", "leave_one_out", "batch_normalized"):
+        raise ValueError(
+            f"mode {mode!r} is unknown: normalized, centered, leave_one_out or batch_normalized"
+        )
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(
             "rewards must be [batch num_generations] with num_generations at least 2, "
@@ -470,6 +493,9 @@ def compute_advantages(rewards, mode="normalized"):
     return centered / (rewards.std() + 1e-4)
 
 
+ADVANTAGES = ("normalized", "centered", "leave_one_out", "batch_normalized")
+
+
 def compute_process_advantages(step_rewards, completion_mask, num_generations=None):
     """Advantages of tokens from rewards of steps: GRPO, arXiv 2402.03300, section 4.1.3.
 
@@ -477,9 +503,10 @@ def compute_process_advantages(step_rewards, completion_mask, num_generations=No
     is the sum of those of its own and later steps. Every step that holds adds a positive term, so
     writing more of them pays too.
 
-    step_rewards: for each row its steps as (end token index, reward); completion_mask int[row pos];
-    num_generations: consecutive rows that are a group, None for all → float[row pos], on the mask's
-    device. Raises ValueError if the rows do not fit. Needs: torch.
+    step_rewards: for each row its steps as (end token index, reward), as locate_steps gives them;
+    completion_mask int[row pos]; num_generations: consecutive rows that are a group, None for all →
+    float32[row pos], on the mask's device. Raises ValueError if rows or tokens do not fit. Needs:
+    torch.
     """
     rows, size = len(completion_mask), num_generations or len(completion_mask)
     if len(step_rewards) != rows or rows % size:
@@ -487,11 +514,14 @@ def compute_process_advantages(step_rewards, completion_mask, num_generations=No
             f"step_rewards has {len(step_rewards)} rows, completion_mask {rows}; "
             f"both must be the same multiple of num_generations ({size})"
         )
+    width = completion_mask.shape[1]
+    if any(end >= width for row in step_rewards for end, _ in row):
+        raise ValueError(f"a step ends behind the {width} tokens of completion_mask")
     advantages = torch.zeros(completion_mask.shape)  # [row pos]
     for first in range(0, rows, size):
         group = range(first, first + size)
         rewards = [reward for row in group for _, reward in step_rewards[row]]
-        rewards = torch.tensor(rewards)  # [step], of the reasoning
+        rewards = torch.tensor(rewards, dtype=torch.float32)  # [step], of the whole group
         if len(rewards) < 2 or rewards.max() == rewards.min():
             continue
         mean, std = rewards.mean().item(), rewards.std().item()
@@ -515,7 +545,7 @@ def compute_process_advantages(step_rewards, completion_mask, num_generations=No
 def selective_log_softmax(logits, ids):
     """log softmax(logits) at ids, without the table of all the others: logit − log Σ exp(logits).
 
-    logits float[… vocab], ids int[…] → float[…], at least float32. Needs: torch.
+    logits float[… vocab], ids int[…] of the same shape → float[…], at least float32. Needs: torch.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # [… vocab]
     return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
@@ -526,10 +556,15 @@ def compute_log_probs(
 ):
     """The log-probability of each of the last logits_to_keep tokens, given all before it.
 
-    input_ids, attention_mask int[row pos], prompt and completion; padding may stand on both sides,
-    and its own log-probabilities mean nothing. temperature is that of the sampling, chunk_size a
-    number of tokens. → float32[row logits_to_keep]. Raises ValueError if logits_to_keep does not
-    leave a token to start from. Needs: torch, torch.utils.checkpoint, selective_log_softmax.
+    input_ids, attention_mask int[row pos], prompt and completion; padding, any ids of the
+    vocabulary, may stand on both sides, and its own log-probabilities mean nothing. temperature,
+    above 0, is that of the sampling, chunk_size a number of tokens. → float32[row logits_to_keep].
+
+    model: a causal language model of transformers whose logits are those of its output layer, not
+    scaled or capped (Gemma 2, Cohere, Granite), and not wrapped: DistributedDataParallel's .module,
+    after which gradients have to be reduced by hand; PEFT's .get_base_model().
+    Raises ValueError if logits_to_keep does not leave a token to start from. Needs: torch,
+    checkpoint from torch.utils.checkpoint, selective_log_softmax.
     """
     if not 0 < logits_to_keep < input_ids.shape[1]:
         raise ValueError(
@@ -574,7 +609,8 @@ def compute_log_probs(
 #     ℓ = −stop_gradient(min(ρ, 1 + ε_high)) Â log π             CISPO, arXiv 2506.13585, section 3
 #
 # importance_sampling_level="sequence" replaces every ρ of a completion by the geometric mean of
-# them (GSPO, arXiv 2507.18071, eq. 7). How the tokens of all rows are averaged is its own choice:
+# them (GSPO, arXiv 2507.18071, eq. 7, for one advantage a completion and ε near 3e-4). How the
+# tokens of all rows are averaged is its own choice:
 #
 #     grpo      mean over rows of each row's mean     a token of a long completion counts less
 #     dapo      Σ ℓ / all tokens of the batch         every token counts the same (2503.14476)
@@ -582,87 +618,89 @@ def compute_log_probs(
 #     cispo     as dapo
 #
 # k3 is one of three estimators (grpo_sort.py, section 8). A batch may reach the loss in parts
-# (micro-batches, processes); whoever adds them up has to divide by the totals of all parts.
-
-LOSS_TYPES, LEVELS = ("grpo", "dapo", "dr_grpo", "cispo"), ("token", "sequence")
+# (micro-batches, processes): divided by the totals of the batch, the losses of its parts add up.
 
 
 def grpo_loss(
     log_probs, old_log_probs, ref_log_probs, advantages, completion_mask,
     *, epsilon=0.2, epsilon_high=None, beta=0.04, loss_type="grpo",
-    importance_sampling_level="token", max_completion_length=None, num_items=None,
+    importance_sampling_level="token", max_completion_length=None, num_items=None, num_rows=None,
 ):
     """The loss to minimise and what to log of it → (scalar, dict of detached scalars)
 
-    log_probs, old_log_probs, ref_log_probs float[row pos] (the last may be None if beta is 0);
-    advantages float[row] or [row pos]; completion_mask [row pos]. epsilon_high None: epsilon.
-    max_completion_length is dr_grpo's constant; num_items the number of completion tokens to divide
-    by in dapo and cispo if these rows are only part of a batch; None: those of completion_mask.
-    The metrics are means over the tokens: kl (k3; only if beta is not 0), ratio, and the shares
-    clip_fraction_low and clip_fraction_high whose gradient the clip has cut.
-    Raises ValueError for names and shapes that do not fit. Needs: torch, LOSS_TYPES, LEVELS.
+    log_probs float32[row pos], with gradient. old_log_probs, ref_log_probs [row pos] are constants:
+    in the first update old_log_probs may be log_probs itself, and ref_log_probs may be None if beta
+    is 0. advantages float[row] or [row pos]. completion_mask [row pos], 0 for padding, whose
+    log-probabilities may be anything. epsilon_high None: epsilon. max_completion_length is
+    dr_grpo's constant. A row without tokens adds 0 and counts as a row.
+
+    If these rows are only a part of a batch, num_items and num_rows are the completion tokens and
+    the completions of all of it; then the losses, and the gradients, of the parts add up to those
+    of the batch. (Where gradients are averaged over processes, as by DistributedDataParallel,
+    multiply by the number of processes.) None: those of these rows.
+
+    The metrics are means over tokens, to be weighted by tokens when parts are put together: kl (k3;
+    only if beta is not 0), ratio, and the shares clip_fraction_low and clip_fraction_high of tokens
+    whose gradient (in cispo: whose weight) the clip has cut.
+    Raises ValueError for names and shapes that do not fit. Needs: torch.
     """
-    for name, value, choices in (
-        ("loss_type", loss_type, LOSS_TYPES),
-        ("importance_sampling_level", importance_sampling_level, LEVELS),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} {value!r} is unknown; it may be {', '.join(choices)}")
+    if loss_type not in ("grpo", "dapo", "dr_grpo", "cispo"):
+        raise ValueError(f"loss_type {loss_type!r} is unknown: grpo, dapo, dr_grpo or cispo")
+    if importance_sampling_level not in ("token", "sequence"):
+        name = f"importance_sampling_level {importance_sampling_level!r}"
+        raise ValueError(f"{name} is unknown: token or sequence")
     if loss_type == "dr_grpo" and not max_completion_length:
         raise ValueError("loss_type 'dr_grpo' needs max_completion_length")
     if beta and ref_log_probs is None:
         raise ValueError("beta is not 0, so ref_log_probs is needed")
-    if advantages.dim() == 1:
+    tensors = {"old_log_probs": old_log_probs, "completion_mask": completion_mask}
+    for name, tensor in (tensors | {"ref_log_probs": ref_log_probs} if beta else tensors).items():
+        if tensor.shape != log_probs.shape:
+            shapes = f"{list(log_probs.shape)}, not {list(tensor.shape)}"
+            raise ValueError(f"{name} must have the shape of log_probs, {shapes}")
+    if advantages.shape == log_probs.shape[:1]:
         advantages = advantages.unsqueeze(-1)  # [row 1]
-    rows, length = log_probs.shape
-    for name, tensor, shapes in (
-        ("old_log_probs", old_log_probs, [(rows, length)]),
-        ("ref_log_probs", ref_log_probs if beta else log_probs, [(rows, length)]),
-        ("advantages", advantages, [(rows, 1), (rows, length)]),
-        ("completion_mask", completion_mask, [(rows, length)]),
-    ):
-        if tuple(tensor.shape) not in shapes:
-            raise ValueError(f"{name} is {list(tensor.shape)}, but log_probs {[rows, length]}")
+    if log_probs.dim() != 2 or advantages.shape not in (log_probs.shape, (len(log_probs), 1)):
+        shapes = f"{list(log_probs.shape)} and {list(advantages.shape)}"
+        raise ValueError(f"log_probs must be [row pos], advantages [row (pos)], not {shapes}")
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
-    mask = completion_mask.to(log_probs.dtype)  # [row pos]
-    padding = completion_mask == 0
+    mask, padding = completion_mask.to(log_probs.dtype), completion_mask == 0  # [row pos]
     row_tokens = mask.sum(dim=-1, keepdim=True).clamp(min=1)  # [row 1]
+    tokens = mask.sum().clamp(min=1)
 
-    # (!5) Padding is removed before exp(): 0 · inf is not 0.
+    # The push. (!5) Padding is removed before exp(): 0 · inf is not 0.
     log_ratio = (log_probs - old_log_probs.detach()).masked_fill(padding, 0)  # [row pos]
     if importance_sampling_level == "sequence":
         log_ratio = log_ratio.sum(dim=-1, keepdim=True) / row_tokens  # [row 1]
-    ratio = log_ratio.exp()  # [row pos] or [row 1]
-    if loss_type == "cispo":
-        weight = ratio.detach().clamp(max=1 + epsilon_high)  # [row pos] or [row 1]
+    ratio = log_ratio.exp()  # [row pos] or [row 1], and so are low, high, weight and clipped
+    low, high = ratio < 1 - epsilon, ratio > 1 + epsilon_high
+    if loss_type == "cispo":  # clips whatever the advantage, and at the top only
+        low, weight = torch.zeros_like(low), ratio.detach().clamp(max=1 + epsilon_high)
         token_loss = -weight * advantages * log_probs.masked_fill(padding, 0)  # [row pos]
     else:
-        clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)  # [row pos] or [row 1]
+        clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
+        low, high = low & (advantages < 0), high & (advantages > 0)
         token_loss = -torch.minimum(ratio * advantages, clipped * advantages)  # [row pos]
-    metrics = {}
+    to_log = {"ratio": ratio, "clip_fraction_low": low, "clip_fraction_high": high}
+
+    # The way back to the reference.
     if beta:
         x = (ref_log_probs.detach() - log_probs).masked_fill(padding, 0)  # [row pos]
-        kl = x.exp() - x - 1  # [row pos]
-        token_loss = token_loss + beta * kl
-        metrics["kl"] = (kl * mask).sum() / mask.sum().clamp(min=1)
+        to_log["kl"] = x.exp() - x - 1  # [row pos]
+        token_loss = token_loss + beta * to_log["kl"]
+
+    # The average.
     token_loss = token_loss * mask  # [row pos]
-
     if loss_type == "grpo":
-        loss = (token_loss.sum(dim=-1, keepdim=True) / row_tokens).mean()
+        loss = (token_loss / row_tokens).sum() / (num_rows or len(mask))
     elif loss_type == "dr_grpo":
-        loss = token_loss.sum() / (len(mask) * max_completion_length)
+        loss = token_loss.sum() / ((num_rows or len(mask)) * max_completion_length)
     else:
-        loss = token_loss.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
+        loss = token_loss.sum() / (num_items or tokens)
+    return loss, {name: (x * mask).sum().detach() / tokens for name, x in to_log.items()}
 
-    high, low = ratio > 1 + epsilon_high, ratio < 1 - epsilon  # [row pos] or [row 1]
-    if loss_type == "cispo":  # clips the weight whatever the advantage, and at the top only
-        low = torch.zeros_like(low)
-    else:
-        high, low = high & (advantages > 0), low & (advantages < 0)
-    for name, value in (("ratio", ratio), ("clip_fraction_low", low), ("clip_fraction_high", high)):
-        metrics[name] = (value * mask).sum() / mask.sum().clamp(min=1)
-    return loss, {name: value.detach() for name, value in metrics.items()}
 
+LOSS_TYPES, LEVELS = ("grpo", "dapo", "dr_grpo", "cispo"), ("token", "sequence")
 
 # ==================================================================================================
 # 7. A worked example, to follow with a pencil
@@ -1055,10 +1093,9 @@ def update_policy(model, reference, optimizer, rollout, settings):
                 epsilon=settings.epsilon, epsilon_high=settings.epsilon_high, beta=settings.beta,
                 loss_type=settings.loss_type,
                 importance_sampling_level=settings.importance_sampling_level,
-                max_completion_length=settings.max_completion_length, num_items=tokens,
+                max_completion_length=settings.max_completion_length,
+                num_items=tokens, num_rows=rows,
             )
-            if settings.loss_type in ("grpo", "dr_grpo"):  # a mean over these rows: make it of all
-                loss = loss * len(log_probs) / rows
             loss.backward()
             clipped = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
             kl = metrics.get("kl", torch.zeros(()))
@@ -1214,9 +1251,9 @@ def train_with_grpo(model, tokenizer, train_rows, settings, eval_rows=()):
 # ==================================================================================================
 # 11. Step rewards: process supervision
 #
-# Only for --supervision process. An outcome reward blames or praises every token alike. Process supervision (arXiv 2402.03300,
-# section 4.1.3) rewards each step of the reasoning. There it took a trained reward model; here a
-# step is a line with an equation, and arithmetic can be checked:
+# Only for --supervision process. An outcome reward blames or praises every token alike. Process
+# supervision (arXiv 2402.03300, section 4.1.3) rewards each step of the reasoning. There it took a
+# trained reward model; here a step is a line with an equation, and arithmetic can be checked:
 #
 #     Natalia sold 48/2 = 24 clips in May.      24 = 48/2         1.0
 #     In all she sold 48+24 = 73 clips.         73 ≠ 48 + 24      0.0
@@ -1242,7 +1279,7 @@ SAME = {"times": "*", "over": "/", "minus": "-", "approx": "="}
 def tokenize_arithmetic(text):
     """'48/2 = 24 clips' → [(48, 0), '/', (2, 0), '=', (24, 0), 'word'], numbers with decimals
 
-    Needs: re, NUMBER, TOKEN, SAME, read_number.
+    Needs: re, fractions.Fraction, NUMBER, TOKEN, SAME, read_number.
     """
     tokens = []
     for match in TOKEN.finditer(text):
@@ -1357,7 +1394,7 @@ def step_rewards(completion, answer):
     A step is a line of the reasoning with an equation that can be checked: 1.0 if all on it hold,
     else 0.0. The last step is the answer, with everything behind the last of these lines, so that
     the end token is judged too: it ends where the completion does, and its reward is the
-    correctness reward scaled to 0 … 1.
+    correctness reward scaled to 0 … 1. locate_steps turns the offsets into tokens.
     Needs: re, ANNOTATION, check_equations, correctness_reward.
     """
     begin = completion.find("<reasoning>")

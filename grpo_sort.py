@@ -279,22 +279,25 @@ def compute_deltas(rewards, mode):
     group_size = rewards.shape[-1]
     if mode in ("normalized_rewards", "leave_one_out", "batch_normalized") and group_size < 2:
         raise ValueError(f"mode {mode} compares the responses of a group: rewards needs ≥ 2 trials")
-    mean = rewards.mean(dim=-1, keepdim=True)  # [batch 1]
+    top, mean = rewards.amax(dim=-1, keepdim=True), rewards.mean(dim=-1, keepdim=True)  # [batch 1]
+    # (!1) A group with equal rewards has std 0, and its mean may be off by rounding: exactly 0
+    # here, and 0/1e-5 rather than 0/0 below.
+    equal = top == rewards.amin(dim=-1, keepdim=True)  # [batch 1]
+    centered = (rewards - mean).masked_fill(equal, 0.0)  # [batch trial]
 
     if mode == "rewards":
         return rewards
     if mode == "centered_rewards":
-        return rewards - mean
+        return centered
     if mode == "normalized_rewards":
-        # (!1) A group with equal rewards has std 0: 1e-5 makes its δ 0/1e-5 = 0, not 0/0.
-        return (rewards - mean) / (rewards.std(dim=-1, keepdim=True) + 1e-5)
+        return centered / (rewards.std(dim=-1, keepdim=True) + 1e-5)
     if mode == "max_rewards":
-        return torch.where(rewards == rewards.amax(dim=-1, keepdim=True), rewards, 0.0)
+        return torch.where(rewards == top, rewards, 0.0)
     if mode == "leave_one_out":
         # r − (Σ − r)/(G − 1) = (r − mean) · G/(G − 1)
-        return (rewards - mean) * group_size / (group_size - 1)
+        return centered * group_size / (group_size - 1)
     if mode == "batch_normalized":
-        return (rewards - mean) / (rewards.std(dim=(-2, -1), keepdim=True) + 1e-5)
+        return centered / (rewards.std(dim=(-2, -1), keepdim=True) + 1e-5)
     raise ValueError(
         f"mode {mode!r} is unknown; it may be rewards, centered_rewards, normalized_rewards, "
         "max_rewards, leave_one_out or batch_normalized"
@@ -321,9 +324,10 @@ def compute_process_deltas(step_rewards):
             "step_rewards must be [batch trial pos] with at least two steps in a group, "
             f"not {list(step_rewards.shape)}"
         )
-    mean = step_rewards.mean(dim=(-2, -1), keepdim=True)  # [batch 1 1]
-    std = step_rewards.std(dim=(-2, -1), keepdim=True)  # [batch 1 1]
-    normalized = (step_rewards - mean) / (std + 1e-5)  # [batch trial pos]
+    group = dict(dim=(-2, -1), keepdim=True)  # over trial and pos: [batch 1 1]
+    mean, std = step_rewards.mean(**group), step_rewards.std(**group)
+    equal = step_rewards.amax(**group) == step_rewards.amin(**group)
+    normalized = ((step_rewards - mean) / (std + 1e-5)).masked_fill(equal, 0.0)  # [batch trial pos]
     return normalized.flip(-1).cumsum(dim=-1).flip(-1)  # [batch trial pos], Σ from pos to the end
 
 
@@ -389,8 +393,8 @@ def compute_loss(log_probs, deltas, mode, old_log_probs=None, epsilon=0.2, epsil
     or float[batch trial pos], one for a token → scalar, or float[run] with a leading run axis.
     epsilon_high is epsilon unless it is given.
 
-    All responses have the same length here. With padding, replace the mean by
-    (x · mask).sum() / mask.sum() (as DAPO) or divide by a constant length (as Dr. GRPO).
+    All responses have the same length here. With padding, set log_ratio to 0 there and replace each
+    mean by (x · mask).sum() / mask.sum() (the outer one as DAPO; Dr. GRPO divides by a constant).
 
     mode         the loss of one token, before the mean              source
     naive        −log π · δ                                          REINFORCE, Williams 1992
@@ -589,13 +593,13 @@ def compute_gae(token_rewards, values, gamma=1.0, lam=0.95):
     """Generalized advantage estimation, arXiv 1506.02438, eq. 16; V after the last token is 0.
 
     token_rewards, values float[batch trial pos] → (advantages, returns) of the same shape, both
-    constants; returns = advantages + values are the critic's targets. Raises ValueError if the
-    shapes differ. Needs: torch.
+    constants; returns = advantages + values are the critic's targets. With padding behind the end,
+    multiply both by the mask before. Raises ValueError if the shapes differ. Needs: torch.
     """
     if token_rewards.shape != values.shape:
         shapes = [list(token_rewards.shape), list(values.shape)]
         raise ValueError(f"token_rewards and values must be [batch trial pos], not {shapes}")
-    values = values.detach()
+    token_rewards, values = token_rewards.detach(), values.detach()
     advantages = torch.zeros_like(values)  # [batch trial pos]
     next_value = advantage = torch.zeros_like(values[..., 0])  # [batch trial]
     for t in reversed(range(values.shape[-1])):
@@ -1369,10 +1373,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DOT_PLOTS = (
     ("ladder", True, (
         ("2b", "exact_match", 100, "", "From the classic settings to the recipe, step by step"),
-        ("2c", "exact_match", 100, "sorted after 100 epochs, greedy, %", "The recipe with one setting changed"),
+        ("2c", "exact_match", 100, "sorted in the end, greedy, %", "The recipe, one change each"),
     )),
     ("group_size", False, (
-        ("4b", "exact_match", 100, "sorted after 100 epochs, greedy, %", "in the end"),
+        ("4b", "exact_match", 100, "sorted in the end, greedy, %", "in the end"),
         ("4b", "epochs", 1, "first epoch that sorts all (never: 100)", "how soon"),
     )),
     ("unseen", True, (

@@ -202,6 +202,12 @@ def test_a_group_of_equal_rewards_has_no_signal_and_no_nan(mode):
     assert deltas.isfinite().all()
     if mode not in ("rewards", "max_rewards"):
         assert deltas[0].abs().max() == 0
+        # (!1): the float32 mean of twelve times 2.8 is not 2.8; divided by 1e-5 that would be 0.05
+        assert gs.compute_deltas(torch.full((2, 12), 2.8), mode).abs().max() == 0
+
+
+def test_process_deltas_of_equal_rewards_are_zero():
+    assert gs.compute_process_deltas(torch.full((1, 12, 400), 2.8)).abs().max() == 0
 
 
 def test_erratum_2_the_baseline_example():
@@ -385,8 +391,9 @@ def test_gae_is_the_discounted_sum_of_its_definition():
 
 
 def test_gae_gives_constants():
-    values = torch.randn(1, 2, 3, requires_grad=True)
-    assert not any(x.requires_grad for x in gs.compute_gae(torch.ones(1, 2, 3), values))
+    """Token rewards may hold a KL penalty, and that a gradient."""
+    values, rewards = torch.randn(2, 1, 2, 3, requires_grad=True)
+    assert not any(x.requires_grad for x in gs.compute_gae(rewards, values))
 
 
 def test_the_critic_does_not_see_the_token_that_it_judges():
@@ -1075,6 +1082,7 @@ def test_every_row_of_gsm8k_loads_and_every_gold_answer_is_a_number():
     ("", None), ("none", None), ("5-3", None), ("10-20", None), ("1 1/2", None), ("2\\frac{1}{2}", None),
     ("1,00", None), ("1,0000", None), (",5,", 5), ("1.2.3", None), ("1e5", None), ("10^5", None), ("5:30", None),
     ("1/0", None), ("1/2/3", None), ("5 6", None), ("٣", None), ("٣5", None), ("2½", None), ("9" * 41, None),
+    ("10²", None), ("(10)³", None), ("\\frac12", None), ("5 m²", 5),
     ("\ud800", None), ("5 and five", 5),
 ])
 def test_parse_number(text, number):
@@ -1301,6 +1309,21 @@ def test_greedy_completions_are_those_of_transformers_generate():
         assert ours[kept == 1].tolist() == other[: kept.sum()].tolist()
 
 
+def test_an_error_while_sampling_leaves_every_module_in_its_mode(tokenizer):
+    """Out of memory, say: a model left in eval mode would train without its dropout."""
+    policy = make_policy(len(tokenizer)).train()
+    policy.base_model.norm.eval()  # a frozen part, which stays as it was
+
+    def fails(*arguments, **options):
+        assert not policy.base_model.layers.training
+        raise MemoryError
+
+    policy.base_model.forward = fails
+    with pytest.raises(MemoryError):
+        gsm.generate_completions(policy, tokenizer, ["How many?"], 2, 4)
+    assert policy.training and policy.base_model.layers.training and not policy.base_model.norm.training
+
+
 def test_left_padding_and_cache_change_no_log_probability():
     """Each sampled row again, alone and without padding or cache, must have the probabilities that
     the batch gave it: guards positions, attention mask and the dropping of finished rows."""
@@ -1486,6 +1509,13 @@ def test_wrong_advantages_are_refused():
         gsm.compute_advantages(torch.zeros(3, 2), "best")
 
 
+def test_process_advantages_refuse_character_offsets_and_take_whole_numbers():
+    with pytest.raises(ValueError, match="behind the 4 tokens"):
+        gsm.compute_process_advantages([[(19, 1.0)], [(3, 0.0)]], torch.ones(2, 4))
+    of_ints = gsm.compute_process_advantages([[(3, 1)], [(3, 0)]], torch.ones(2, 4))
+    assert torch.equal(of_ints, gsm.compute_process_advantages([[(3, 1.0)], [(3, 0.0)]], torch.ones(2, 4)))
+
+
 def test_process_advantages_sum_the_normalised_rewards_of_later_steps():
     steps = [[(1, 1.0), (3, 0.0)], [(4, 1.0)], [(0, 0.0), (2, 1.0), (4, 1.0)], [(2, 0.0)]]
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -1607,9 +1637,9 @@ def test_neither_padding_nor_micro_batches_change_the_loss(kind):
     for rows in ([0, 3], [1], [2]):
         part, _ = gsm.grpo_loss(
             log_probs[rows], old[rows], reference[rows], advantages[rows], mask[rows],
-            num_items=mask.sum().item(), **options,
+            num_items=mask.sum().item(), num_rows=4, **options,
         )
-        parts += part.item() * (len(rows) / 4 if kind in ("grpo", "dr_grpo") else 1)
+        parts += part.item()
     assert parts == pytest.approx(loss.item())
 
 
@@ -1639,15 +1669,15 @@ def test_the_metrics_count_what_the_clip_cuts():
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(loss_type="ppo"), "loss_type 'ppo' is unknown; it may be grpo, dapo"),
+    (dict(loss_type="ppo"), "loss_type 'ppo' is unknown: grpo, dapo"),
     (dict(importance_sampling_level="word"), "importance_sampling_level 'word' is unknown"),
     (dict(loss_type="dr_grpo"), "needs max_completion_length"),
     (dict(ref_log_probs=None), "ref_log_probs is needed"),
-    (dict(ref_log_probs=torch.zeros(4, 5)), r"ref_log_probs is \[4, 5\], but log_probs \[4, 6\]"),
-    (dict(old_log_probs=torch.zeros(4, 1)), r"old_log_probs is \[4, 1\]"),
-    (dict(advantages=torch.zeros(3)), r"advantages is \[3, 1\]"),
-    (dict(advantages=torch.zeros(4, 5)), r"advantages is \[4, 5\]"),
-    (dict(completion_mask=torch.zeros(1, 6)), r"completion_mask is \[1, 6\]"),
+    (dict(ref_log_probs=torch.zeros(4, 5)), r"ref_log_probs must have .* log_probs, \[4, 6\], not \[4, 5\]"),
+    (dict(old_log_probs=torch.zeros(4, 1)), r"old_log_probs must have .* not \[4, 1\]"),
+    (dict(advantages=torch.zeros(3)), r"advantages \[row \(pos\)\], not \[4, 6\] and \[3\]"),
+    (dict(advantages=torch.zeros(4, 5)), r"advantages .* and \[4, 5\]"),
+    (dict(completion_mask=torch.zeros(1, 6)), r"completion_mask must have .* not \[1, 6\]"),
 ])
 def test_the_loss_refuses_what_does_not_fit(change, message):
     names = ("log_probs", "old_log_probs", "ref_log_probs", "advantages", "completion_mask")
