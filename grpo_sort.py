@@ -146,8 +146,8 @@ CLASSIC_PROMPTS = ((1, 0, 2), (3, 2, 4), (1, 2, 3))  # the training set of the c
 # ==================================================================================================
 # 2. The model
 #
-# As small as a model of this task can be, and not autoregressive: all positions of the response are
-# decided at once, independently of each other, from one vector that summarises the prompt.
+# Small, and not autoregressive: all positions of the response are decided at once, independently of
+# each other, from one vector that summarises the prompt.
 #
 #     h        = Σ_p E[prompt_p] A_p      one encoding matrix A_p for each prompt position
 #     logits_q = h B_q Eᵀ                 one decoding matrix B_q for each response position
@@ -237,13 +237,15 @@ def compute_exact_match(prompts, model):
 #
 # "Make each sampled response more likely in proportion to its reward." That is right on average but
 # noisy: if all rewards are positive, everything sampled is pushed up. Subtracting a baseline b(s)
-# changes nothing in expectation, since E[∇log π] = Σ_a ∇π = ∇1 = 0, and removes most of the noise.
-# The weight that is left, δ = R − b, estimates the advantage: how much better than usual was this?
+# changes nothing in expectation, since E[∇log π] = Σ_a ∇π = ∇1 = 0, and may remove much of the
+# noise. The weight that is left, δ = R − b, estimates the advantage: how much better than usual was
+# this?
 #
 # PPO learns b(s) with a second network (section 9). GRPO samples a group of G responses to the same
 # prompt and takes the group's mean. That contains the response's own reward: R − mean is (G − 1)/G
 # times R − mean of the others, so the expected gradient keeps its direction and is shorter by that
-# factor. RLOO leaves the own reward out.
+# factor. RLOO leaves the own reward out. (Adam, which trains here, cancels a constant factor on δ,
+# so the two differ only where something else stands beside δ in the loss.)
 #
 # GRPO also divides by the group's standard deviation. Then δ does not depend on the scale of the
 # reward, and a prompt with small differences in reward counts as much as one with large ones. That
@@ -265,8 +267,8 @@ def compute_deltas(rewards, mode):
     rewards               r                                        REINFORCE, Williams 1992
     centered_rewards      r − mean                                 Dr. GRPO, arXiv 2503.20783
     normalized_rewards    (r − mean) / (std + 1e-5)                GRPO, arXiv 2402.03300, § 4.1.2
-    max_rewards           r if it is the group's maximum, else 0   best of the group
-    leave_one_out         r − mean of the others in the group      RLOO, arXiv 2402.14740
+    max_rewards           r if it is the group's maximum, else 0   CS336, lecture 17
+    leave_one_out         r − mean of the others in the group      Kool 2019; RLOO, arXiv 2402.14740
     batch_normalized      (r − mean) / (std of all r + 1e-5)       Lite PPO, arXiv 2508.08221
 
     The baseline variant of REINFORCE++ (arXiv 2501.03262) is like batch_normalized, but with the
@@ -304,8 +306,10 @@ def compute_deltas(rewards, mode):
     )
 
 
-DELTAS = ("rewards", "centered_rewards", "normalized_rewards")
-DELTAS += ("max_rewards", "leave_one_out", "batch_normalized")
+DELTAS = (
+    "rewards", "centered_rewards", "normalized_rewards",
+    "max_rewards", "leave_one_out", "batch_normalized",
+)
 
 
 def compute_process_deltas(step_rewards):
@@ -393,8 +397,9 @@ def compute_loss(log_probs, deltas, mode, old_log_probs=None, epsilon=0.2, epsil
     or float[batch trial pos], one for a token → scalar, or float[run] with a leading run axis.
     epsilon_high is epsilon unless it is given.
 
-    All responses have the same length here. With padding, set log_ratio to 0 there and replace each
-    mean by (x · mask).sum() / mask.sum() (the outer one as DAPO; Dr. GRPO divides by a constant).
+    All responses have the same length here. With padding, set log_ratio to 0 there and take the
+    means over tokens, gspo's too, as (x · mask).sum(-1) / mask.sum(-1). That is GRPO's average;
+    DAPO divides the sum over all tokens by their number, Dr. GRPO by a constant.
 
     mode         the loss of one token, before the mean              source
     naive        −log π · δ                                          REINFORCE, Williams 1992
@@ -642,10 +647,10 @@ class Result:
     records: list  # one dict an epoch
     exact_match: torch.Tensor  # [run], greedy, on all the prompts, at the end
     curves: dict
-    parameters: int  # trained by one run, a critic's included
+    num_parameters: int  # trained by one run, a critic's included
 
 
-def check_settings(prompts, vocab_size, num_runs, deltas_mode, loss_mode, kl_estimator, **numbers):
+def check_settings(prompts, vocab_size, deltas_mode, loss_mode, kl_estimator, **numbers):
     """Raise ValueError for arguments of run_policy_gradient that cannot work, naming the first."""
     for name, value, choices in (
         ("deltas_mode", deltas_mode, (*DELTAS, "process", "gae")),
@@ -654,29 +659,26 @@ def check_settings(prompts, vocab_size, num_runs, deltas_mode, loss_mode, kl_est
     ):
         if value not in choices:
             raise ValueError(f"{name} {value!r} is unknown; it may be {', '.join(choices)}")
-    numbers["num_runs"] = num_runs
-    for name, low, high in (
-        *((name, 1, math.inf) for name in ("num_epochs", "num_steps_per_epoch", "num_responses")),
-        *((name, 1, math.inf) for name in ("num_runs", "batch_size", "embedding_dim")),
-        ("compute_ref_model_period", 1, math.inf),
-        # 1e-30 stands for "above 0"
-        *((name, 1e-30, math.inf) for name in ("learning_rate", "init_scale", "epsilon_high")),
-        ("epsilon", 1e-30, 1),
-        *((name, 0, math.inf) for name in ("kl_penalty", "entropy_bonus", "value_coefficient")),
-        ("seed", 0, 2**63),
+    counts = "num_epochs num_steps_per_epoch num_responses num_runs batch_size embedding_dim "
+    for bounds, holds, names in (
+        ("at least 1", lambda x: x >= 1, counts + "compute_ref_model_period"),
+        ("above 0", lambda x: x > 0, "learning_rate init_scale epsilon_high"),
+        ("above 0 and below 1", lambda x: 0 < x < 1, "epsilon"),
+        ("at least 0", lambda x: x >= 0, "kl_penalty entropy_bonus"),
+        ("at least 0 and below 2^63", lambda x: 0 <= x < 2**63, "seed"),
     ):
-        if numbers[name] is not None and not low <= numbers[name] < high:
-            least = "above 0" if low == 1e-30 else f"at least {low}"
-            most = "" if high == math.inf else f" and below {high}"
-            raise ValueError(f"{name} must be {least}{most}, not {numbers[name]}")
+        for name in names.split():
+            value = numbers[name]
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                raise ValueError(f"{name} must be {bounds}, not {value}")
     prompts = torch.as_tensor(prompts)
     if prompts.dim() not in (2, 3) or prompts.numel() == 0 or prompts.is_floating_point():
         raise ValueError(
             "prompts must be whole numbers [batch pos] or [run batch pos], "
             f"not {prompts.dtype} {list(prompts.shape)}"
         )
-    if prompts.dim() == 3 and prompts.shape[0] != num_runs:
-        raise ValueError(f"prompts has {prompts.shape[0]} runs, but num_runs is {num_runs}")
+    if prompts.dim() == 3 and len(prompts) != numbers["num_runs"]:
+        raise ValueError(f"prompts has {len(prompts)} runs, but num_runs is {numbers['num_runs']}")
     if prompts.min() < 0 or (vocab_size is not None and prompts.max() >= vocab_size):
         raise ValueError(f"prompts must be at least 0 and below vocab_size ({vocab_size})")
 
@@ -685,7 +687,8 @@ def estimate_advantages(mode, prompts, responses, rewards, critic=None):
     """Deltas of any mode, and the critic's targets: (deltas, returns), returns None without one.
 
     prompts int[batch pos], responses int[batch trial pos], rewards float[batch trial] → deltas
-    [batch trial] or, for "process" and "gae", [batch trial pos]; returns [batch trial pos]
+    [batch trial] or, for "process" and "gae", [batch trial pos]; returns [batch trial pos]. A run
+    axis may lead.
     """
     if mode == "process":
         return compute_process_deltas(sort_step_rewards(prompts, responses)), None
@@ -697,7 +700,7 @@ def estimate_advantages(mode, prompts, responses, rewards, critic=None):
         advantages, returns = compute_gae(token_rewards, critic(prompts, responses))
     # Not in the paper's formulas, but in most implementations: normalised over all tokens.
     mean = advantages.mean(dim=(-3, -2, -1), keepdim=True)  # [1 1 1]
-    std = advantages.std(dim=(-3, -2, -1), keepdim=True)  # [1 1 1]
+    std = advantages.std(dim=(-3, -2, -1), keepdim=True, correction=0)  # [1 1 1]
     return (advantages - mean) / (std + 1e-5), returns
 
 
@@ -722,7 +725,6 @@ def run_policy_gradient(
     epsilon_high=None,
     kl_estimator="k3",
     entropy_bonus=0.0,
-    value_coefficient=0.5,  # c₁, for deltas_mode "gae"
     anneal=False,  # learning rate and entropy bonus fall linearly to 0
     num_runs=1,
     seed=0,
@@ -736,7 +738,7 @@ def run_policy_gradient(
     a response, in nats). Result.exact_match is on all the prompts.
 
     The same arguments give the same numbers on the same machine. Raises ValueError for an argument
-    that cannot work, before anything is trained, and when a training diverges.
+    that cannot work, before anything is trained, and if the policy is no longer finite.
     """
     check_settings(**locals())  # first, while locals() are the arguments and nothing else
     prompts = torch.as_tensor(prompts)
@@ -785,7 +787,8 @@ def run_policy_gradient(
                 loss = loss - entropy_bonus * remaining * compute_entropy(batch, model)
             if critic is not None:
                 value_loss = (critic(batch, responses) - returns).square().mean(dim=(-3, -2, -1))
-                loss = loss + value_coefficient * value_loss  # [run]
+                # c₁ = 1: Adam makes its size immaterial, as policy and critic share no weights.
+                loss = loss + value_loss  # [run]
             optimizer.zero_grad()
             # (!7) The sum over runs: their mean would divide each gradient by their number. (Adam
             # hides that; plain SGD does not.)
@@ -865,8 +868,8 @@ def compute_scores(prompts, responses, model):
 def expected_update(probs, rewards, scores, mode, group_size):
     """Mean and variance of the policy gradient that `compute_deltas(·, mode)` estimates, exactly.
 
-    probs, rewards float[run batch trial] and scores float[run batch trial params] of every possible
-    response; rewards must not depend on the run. → mean float[run params], variance float[run]
+    Of every possible response: probs float[run batch trial], rewards float[batch trial] and scores
+    float[run batch trial params] → mean float[run params], variance float[run]
     """
     levels = rewards.unique()  # [level], the values that a reward can take
     # [run batch trial level], the probability of each response in the column of its reward
@@ -904,8 +907,52 @@ def expected_update(probs, rewards, scores, mode, group_size):
     return mean, torch.stack(squares) + within - mean.square().sum(dim=-1)
 
 
+def expected_gradient(per_response, probs, model):
+    """∇ of the mean of a quantity over samples whose probabilities are held fixed.
+
+    per_response, probs float[run batch trial], of every possible response → float[run params]
+    """
+    expected = (probs * per_response).sum(dim=-1).mean(dim=-1)  # [run]
+    return flat_gradient(expected, model, retain_graph=True)
+
+
+def measure_ratios(log_probs, probs, rewards, exact, model):
+    """Rows of experiment 6b: where a loss with the ratio, and one with the quotient, leads."""
+    # compute_loss on each response alone, as a batch of one in a run of its own
+    alone = log_probs[..., None, None, :]  # [run batch trial 1 1 pos]
+    advantages = rewards - (probs * rewards).sum(dim=-1, keepdim=True)  # [run batch trial], exact
+    ratio = compute_loss(alone, advantages[..., None, None], "unclipped", alone.detach())
+    quotient = -(log_probs / log_probs.detach() * advantages.unsqueeze(-1)).mean(dim=-1)
+    rows = {}  # both losses: [run batch trial]
+    for label, loss in (("exp(log π − log π_old)", ratio), ("log π / log π_old", quotient)):
+        update = -expected_gradient(loss, probs, model)  # [run params]
+        rows["6b", label] = {"cosine": F.cosine_similarity(update, exact, dim=-1)}
+    return rows
+
+
+def measure_estimators(prompts, log_probs, ref_log_probs, probs, model, ref_model):
+    """Rows of experiment 6c: mean and spread of k1, k2, k3, and the gradients that they have."""
+    kl_to_ref = compute_exact_kl(prompts, model, ref_model)  # [run], KL(π ‖ π_ref)
+    kl_from_ref = compute_exact_kl(prompts, ref_model, model)  # [run], KL(π_ref ‖ π)
+    to_ref = flat_gradient(kl_to_ref, model, retain_graph=True)  # [run params]
+    from_ref = flat_gradient(kl_from_ref, model, retain_graph=True)  # [run params]
+    rows, alone = {}, (..., None, None, slice(None))  # as in measure_ratios
+    for estimator in ("k1", "k2", "k3"):
+        estimate = compute_kl_penalty(log_probs[alone], ref_log_probs[alone], estimator)
+        gradient = expected_gradient(estimate, probs, model)  # [run params]
+        value = (probs * estimate).sum(dim=-1)  # [run batch]
+        variance = (probs * estimate**2).sum(dim=-1) - value**2  # [run batch]
+        rows["6c", estimator] = {
+            "value": value.mean(dim=-1) / kl_to_ref,
+            "spread": variance.mean(dim=-1).sqrt() / kl_to_ref,
+            "error_to_ref": (gradient - to_ref).norm(dim=-1) / to_ref.norm(dim=-1),
+            "error_from_ref": (gradient - from_ref).norm(dim=-1) / from_ref.norm(dim=-1),
+        }
+    return rows
+
+
 def measure_gradients(num_runs, seed, group_size=4):
-    """Rows of experiment 6, {(experiment, label): {metric: [run]}}: deltas, ratio, KL estimators.
+    """Rows of experiment 6, {(experiment, label): {metric: [run]}}: deltas, ratios, KL estimators.
 
     The policies are those of `num_runs` recipes stopped after five epochs, when the prompts have
     come to differ in difficulty; the reference is each run's initial policy.
@@ -916,55 +963,23 @@ def measure_gradients(num_runs, seed, group_size=4):
     initial = Model(5, 10, 3, 3, RECIPE["init_scale"], num_runs, generator)
     responses = enumerate_responses(5, 3)  # [trial pos]
     everywhere = responses.expand(len(prompts), -1, -1)  # [batch trial pos]
+    rewards = sort_distance_reward(prompts, everywhere)  # [batch trial]
     log_probs = compute_log_probs(prompts, everywhere, model)  # [run batch trial pos]
+    ref_log_probs = compute_log_probs(prompts, everywhere, initial)  # [run batch trial pos]
     probs = log_probs.sum(dim=-1).exp().detach()  # [run batch trial], sums to 1 over trial
-    # [run batch trial]
-    rewards = sort_distance_reward(prompts, everywhere).expand(num_runs, -1, -1)
     scores = compute_scores(prompts, responses, model)  # [run batch trial params]
-    exact = torch.einsum("rbt,rbtp->rp", probs * rewards, scores) / len(prompts)  # [run params]
-
-    def relative_length(gradient, other):
-        return gradient.norm(dim=-1) / other.norm(dim=-1)
+    exact = torch.einsum("rbt,rbtp->rp", probs * rewards, scores) / len(prompts)  # [run params], ∇J
 
     rows = {}
     for mode in DELTAS:
         mean, variance = expected_update(probs, rewards, scores, mode, group_size)
         rows["6a", mode] = {
             "cosine": F.cosine_similarity(mean, exact, dim=-1),
-            "length": relative_length(mean, exact),
+            "length": mean.norm(dim=-1) / exact.norm(dim=-1),
             "noise": variance.sqrt() / mean.norm(dim=-1),
         }
-
-    # The functions of sections 6 and 8 on each response alone, as a batch of one in a run of its
-    # own, averaged with its probability: the expectation over samples. Each → [run batch trial].
-    def expected_gradient(per_response):
-        expected = (probs * per_response).sum(dim=(-2, -1)) / len(prompts)  # [run]
-        return flat_gradient(expected, model, retain_graph=True)
-
-    alone = (..., None, None, slice(None))  # [run batch trial 1 1 pos]
-    advantages = rewards - (probs * rewards).sum(dim=-1, keepdim=True)  # [run batch trial], exact
-    old = log_probs.detach()
-    right = compute_loss(log_probs[alone], advantages[..., None, None], "unclipped", old[alone])
-    quotient = -(log_probs / old * advantages.unsqueeze(-1)).mean(dim=-1)
-    for label, loss in (("exp(log π − log π_old)", right), ("log π / log π_old", quotient)):
-        rows["6b", label] = {"cosine": F.cosine_similarity(-expected_gradient(loss), exact, dim=-1)}
-
-    ref = compute_log_probs(prompts, everywhere, initial).detach()  # [run batch trial pos]
-    kl_to_ref = compute_exact_kl(prompts, model, initial)  # [run], KL(π ‖ π_ref)
-    kl_from_ref = compute_exact_kl(prompts, initial, model)  # [run], KL(π_ref ‖ π)
-    to_ref = flat_gradient(kl_to_ref, model, retain_graph=True)  # [run params]
-    from_ref = flat_gradient(kl_from_ref, model, retain_graph=True)  # [run params]
-    for estimator in ("k1", "k2", "k3"):
-        estimate = compute_kl_penalty(log_probs[alone], ref[alone], estimator)  # [run batch trial]
-        gradient = expected_gradient(estimate)
-        value = (probs * estimate).sum(dim=-1)  # [run batch]
-        variance = (probs * estimate**2).sum(dim=-1) - value**2
-        rows["6c", estimator] = {
-            "value": value.mean(dim=-1) / kl_to_ref,
-            "spread": variance.mean(dim=-1).sqrt() / kl_to_ref,
-            "error_to_ref": relative_length(gradient - to_ref, to_ref),
-            "error_from_ref": relative_length(gradient - from_ref, from_ref),
-        }
+    rows |= measure_ratios(log_probs, probs, rewards, exact, model)
+    rows |= measure_estimators(prompts, log_probs, ref_log_probs, probs, model, initial)
     return rows
 
 
@@ -976,8 +991,8 @@ def measure_gradients(num_runs, seed, group_size=4):
 # their mean and its 95 % confidence interval.
 
 # How unseen prompts were learned best of what was tried. Against RECIPE: a wider model, fresh
-# samples for every step, no division by the standard deviation, and an entropy bonus that fades
-# together with the learning rate.
+# samples for every step, and an entropy bonus that fades together with the learning rate. What
+# counts is the bonus relative to δ: with deltas on another scale it has to be another number.
 UNSEEN_RECIPE = RECIPE | dict(
     embedding_dim=32,
     deltas_mode="centered_rewards",
@@ -1000,7 +1015,7 @@ def measure_training(**settings):
         "solved": (result.exact_match == 1).float(),
         "epochs": first.float(),
         "entropy": result.curves["entropy"][-1],
-        "parameters": torch.tensor([result.parameters]),
+        "parameters": torch.tensor([result.num_parameters]),
         "curve": result.curves["exact_match"],
     }
 
@@ -1041,7 +1056,7 @@ def train_on_answers(
     objective "log_likelihood" is cross-entropy, the mean log π(right token); "expected_reward" is
     the mean π(right token), the expected distance reward / n: what RL climbs, without its noise.
 
-    prompts int[run batch pos] → Model
+    prompts int[run prompt pos], from which batches are drawn → Model
     """
     num_runs, _, length = prompts.shape
     generator = torch.Generator().manual_seed(seed)
@@ -1075,7 +1090,9 @@ def measure_unseen(vocab_size, length, num_train, num_runs, seed, objective=None
     else:
         model = run_policy_gradient(**settings, prompts=train, num_runs=num_runs, seed=seed).model
     # How likely is the right token still where the likeliest is wrong?
-    probs, answers = model(train).softmax(dim=-1), train.sort(dim=-1).values.unsqueeze(-1)
+    with torch.no_grad():
+        probs = model(train).softmax(dim=-1)  # [run prompt pos vocab]
+    answers = train.sort(dim=-1).values.unsqueeze(-1)  # [run prompt pos 1]
     wrong = probs.argmax(dim=-1, keepdim=True) != answers  # [run prompt pos 1]
     left = probs.gather(-1, answers)[wrong]
     # Which prompts stay wrong? All orders of the same numbers are counted together.
@@ -1162,21 +1179,28 @@ def plan_study(num_runs, seed, full=False, quick=False):
     large |= dict(num_epochs=5000, batch_size=128)
     ten = dict(num_steps_per_epoch=10, num_epochs=100)
     exact = dict(objective="expected_reward", entropy_bonus=0)
-    for experiment, task in (("5a", small), ("5b", large)) if full else (("5a", small),):
-        variants = (
-            ("cross-entropy on the answers", dict(objective="log_likelihood", entropy_bonus=0)),
-            ("exact expected reward", exact),
-            ("exact expected reward, entropy bonus", exact | dict(entropy_bonus=0.25)),
-            ("GRPO, recommended", UNSEEN_RECIPE),
-            ("GRPO, no entropy bonus", UNSEEN_RECIPE | dict(entropy_bonus=0.0)),
-            ("GRPO, normalized_rewards", UNSEEN_RECIPE | dict(deltas_mode="normalized_rewards")),
-            ("GRPO, ten inner steps on a tenth of the samples", UNSEEN_RECIPE | ten),
-            ("GRPO, process supervision", UNSEEN_RECIPE | dict(deltas_mode="process")),
-            ("GRPO, exact reward", UNSEEN_RECIPE | dict(reward_fn=exact_sort_reward)),
-            ("GRPO, width 10", UNSEEN_RECIPE | dict(embedding_dim=10)),
-        )
-        for label, change in variants if full and experiment == "5a" else variants[:6]:
-            add(experiment, label, task | change, measure_unseen)
+    normalized = UNSEEN_RECIPE | dict(deltas_mode="normalized_rewards")
+    process = UNSEEN_RECIPE | dict(deltas_mode="process")
+    variants = (
+        ("cross-entropy on the answers", dict(objective="log_likelihood", entropy_bonus=0)),
+        ("exact expected reward", exact),
+        ("exact expected reward, entropy bonus", exact | dict(entropy_bonus=0.25)),
+        ("GRPO, recommended", UNSEEN_RECIPE),
+        ("GRPO, no entropy bonus", UNSEEN_RECIPE | dict(entropy_bonus=0.0)),
+        ("GRPO, normalized_rewards", normalized),
+    )
+    doubled = (("GRPO, normalized_rewards, twice the bonus", normalized | dict(entropy_bonus=0.5)),)
+    more = (
+        ("GRPO, process supervision", process),
+        ("GRPO, process supervision, eight times the bonus", process | dict(entropy_bonus=2.0)),
+        ("GRPO, ten inner steps on a tenth of the samples", UNSEEN_RECIPE | ten),
+        ("GRPO, exact reward", UNSEEN_RECIPE | dict(reward_fn=exact_sort_reward)),
+        ("GRPO, width 10", UNSEEN_RECIPE | dict(embedding_dim=10)),
+    )
+    for label, change in variants + doubled + more if full else variants:
+        add("5a", label, small | change, measure_unseen)
+    for label, change in variants + doubled if full else ():
+        add("5b", label, large | change, measure_unseen)
     return rows
 
 
@@ -1187,7 +1211,7 @@ SOLVED = ("solved", "runs that sort all in the end", 1, 0)
 EPOCHS = ("epochs", "first epoch that sorts all (never: 100)", 1, 1)
 ENTROPY = ("entropy", "entropy, nats", 1, 2)
 PARAMETERS = ("parameters", "parameters", 1, 0)
-SECONDS = ("seconds", "ms a run, 32 abreast", 1000, 0)
+SECONDS = ("seconds", "ms a run, side by side", 1000, 0)
 UNSEEN = (("train", "train, %", 100, 2), ("unseen", "unseen, %", 100, 2))
 UNSEEN += (("left", "median π(right token) where wrong, train"), ("worst", "most often wrong"))
 TABLES = {
@@ -1223,7 +1247,7 @@ TABLES = {
 }
 
 # What the study found, in words; {experiment|label|metric} is a cell of a table above. The words
-# are those of the committed results: another seed may fill in numbers that contradict them.
+# were written for the committed results, so they are printed only with their seed and enough runs.
 FINDINGS = (
     "The classic settings hardly learn: after 100 epochs the model sorts {1|rewards|exact_match} "
     "of its own three prompts with raw, {1|centered_rewards|exact_match} with centred and "
@@ -1233,10 +1257,10 @@ FINDINGS = (
     "1.0|top} on the likeliest token; what is never sampled is never rewarded. Scale 0.1, nearly "
     "uniform, lifts exact match from {2b|+ normalized_rewards|exact_match} to {2b|+ init_scale "
     "0.1|exact_match}.",
-    "The second cause is the reward. With the distance reward {2b|+ distance reward|solved} runs "
-    "sort everything, still with the naive loss. The recipe reaches {2c|inclusion-ordering "
-    "reward|exact_match} with the inclusion-ordering reward, {2c|exact reward|exact_match} with "
-    "the all-or-nothing one.",
+    "The second cause, on these prompts, is the reward. With the distance reward {2b|+ distance "
+    "reward|solved} runs sort everything, still with the naive loss. The recipe reaches "
+    "{2c|inclusion-ordering reward|exact_match} with the inclusion-ordering reward, {2c|exact "
+    "reward|exact_match} with the all-or-nothing one.",
     "The clip makes large steps safer. At a learning rate of 1e-3 it is not needed; at 5e-3 {2b|+ "
     "learning rate 5e-3 (the recipe)|solved} runs sort everything with it, {2c|unclipped "
     "loss|solved} with the unclipped ratio, {2c|naive loss|solved} with the naive loss. It stops "
@@ -1247,17 +1271,17 @@ FINDINGS = (
     "everything with the clip and {4c|naive, 20|solved} without.",
     "That there is a baseline matters much, which one little (clipped loss, distance reward): raw "
     "rewards {3 distance|rewards, clipped|exact_match}, centred {3 distance|centered_rewards, "
-    "clipped|exact_match}, normalised {3 distance|normalized_rewards, clipped|exact_match}, "
-    "leave-one-out {3 distance|leave_one_out, clipped|exact_match}, best of the group {3 "
-    "distance|max_rewards, clipped|exact_match}.",
+    "clipped|exact_match}, normalised {3 distance|normalized_rewards, clipped|exact_match}, best "
+    "of the group {3 distance|max_rewards, clipped|exact_match}.",
     "With the exact reward, which is 0 for most responses, raw rewards do as well as centred "
     "ones: {3 exact|rewards, clipped|exact_match} and {3 exact|centered_rewards, "
     "clipped|exact_match}.",
     "Groups of 2 are too small ({4b|G = 2|solved} runs), of 8 large enough ({4b|G = 8|solved}); "
     "larger ones only save epochs.",
     "Rewarding every step helps small groups ({4e|GRPO, process, G = 2|exact_match} at G = 2, the "
-    "whole response {4e|GRPO, outcome, G = 2|exact_match}), but not unseen prompts ({5a|GRPO, "
-    "process supervision|unseen}).",
+    "whole response {4e|GRPO, outcome, G = 2|exact_match}). On unseen prompts it sorts {5a|GRPO, "
+    "process supervision|unseen} with the recommended entropy bonus, {5a|GRPO, process "
+    "supervision, eight times the bonus|unseen} with one that suits its larger δ.",
     "PPO's learned critic does as well as GRPO's group: {4e|PPO, G = 10|solved} and {4e|GRPO, "
     "outcome, G = 10|solved} runs at G = 10, {4e|PPO, G = 2|exact_match} and {4e|GRPO, outcome, G "
     "= 2|exact_match} at G = 2. It costs {4e|PPO, G = 10|parameters} numbers to train instead of "
@@ -1283,7 +1307,8 @@ FINDINGS = (
     "On 5 numbers from 10 the same is drastic: exact expected reward {5b|exact expected "
     "reward|unseen}, with the bonus {5b|exact expected reward, entropy bonus|unseen}; GRPO "
     "without it {5b|GRPO, no entropy bonus|unseen}, with it but normalised rewards {5b|GRPO, "
-    "normalized_rewards|unseen}.",
+    "normalized_rewards|unseen}, {5b|GRPO, normalized_rewards, twice the bonus|unseen} with twice "
+    "the bonus.",
     "The gradients, exactly (G = 4): raw and leave-one-out rewards are unbiased (length "
     "{6a|leave_one_out|length}); centring shortens the gradient to (G − 1)/G "
     "({6a|centered_rewards|length}, cosine {6a|centered_rewards|cosine}); normalising turns it a "
@@ -1350,6 +1375,10 @@ def format_tables(rows):
 
 def findings(rows):
     """The findings whose rows have been measured, with the numbers filled in."""
+    for (experiment, _), row in rows.items():
+        settings, enough = row.get("settings", {}), 8 if experiment[0] == "5" else 32
+        if settings.get("seed") != 0 or settings.get("num_runs", 0) < enough:
+            return []
 
     def fill(match):
         experiment, label, metric = match.group(1).split("|")
@@ -1368,33 +1397,13 @@ def findings(rows):
 
 # The palette of Okabe and Ito, distinguishable with every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-# Plots of a dot and its interval for each row of a table: name, whether the panels stand one above
-# the other, and for each of them experiment, metric, factor, label of the axis, title.
-DOT_PLOTS = (
-    ("ladder", True, (
-        ("2b", "exact_match", 100, "", "From the classic settings to the recipe, step by step"),
-        ("2c", "exact_match", 100, "sorted in the end, greedy, %", "The recipe, one change each"),
-    )),
-    ("group_size", False, (
-        ("4b", "exact_match", 100, "sorted in the end, greedy, %", "in the end"),
-        ("4b", "epochs", 1, "first epoch that sorts all (never: 100)", "how soon"),
-    )),
-    ("unseen", True, (
-        ("5a", "unseen", 100, "", "3 numbers from 5"),
-        ("5b", "unseen", 100, "unseen prompts sorted, greedy, %", "5 numbers from 10"),
-    )),
-    ("gradients", False, (
-        ("6a", "length", 1, "length / length of ∇J", "bias: length"),
-        ("6a", "cosine", 1, "cosine with ∇J", "bias: direction (G = 4)"),
-        ("6a", "noise", 1, "std / length of the update", "noise"),
-    )),
-)
-
-
-def summarise_column(rows, experiment, metric):
-    """{label: (mean, interval)} of one column of a table; empty if it has no rows."""
-    chosen = {label: row[metric] for (e, label), row in rows.items() if e == experiment}
-    return {label: mean_and_interval(values) for label, values in chosen.items()}
+# Plots of table columns: experiment and metric of each panel, one above the other.
+PANELS = {
+    "ladder": (("2b", "exact_match"), ("2c", "exact_match")),
+    "group_size": (("4b", "exact_match"), ("4b", "epochs")),
+    "unseen": (("5a", "unseen"), ("5b", "unseen")),
+    "gradients": (("6a", "length"), ("6a", "cosine"), ("6a", "noise")),
+}
 
 
 def draw_curves(plt, rows):
@@ -1421,14 +1430,15 @@ def draw_curves(plt, rows):
 
 def draw_grid(plt, rows):
     """Exact match of every delta, loss and reward → figure, or None without the rows."""
-    grids = {name: summarise_column(rows, f"3 {name}", "exact_match") for name in REWARDS}
-    grids = {name: grid for name, grid in grids.items() if len(grid) == len(LOSSES) * len(DELTAS)}
-    if not grids:
+    names = [name for name in REWARDS if (f"3 {name}", f"{DELTAS[-1]}, {LOSSES[-1]}") in rows]
+    if not names:
         return None
-    size = (2.2 + 2.8 * len(grids), 3.4)
-    figure, axes = plt.subplots(1, len(grids), figsize=size, sharey=True, squeeze=False)
-    for axis, (name, grid) in zip(axes[0], grids.items()):
-        cells = [[100 * grid[f"{mode}, {loss}"][0] for loss in LOSSES] for mode in DELTAS]
+    size = (2.2 + 2.8 * len(names), 3.4)
+    figure, axes = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
+    for axis, name in zip(axes[0], names):
+        grid = {label: row["exact_match"] for (e, label), row in rows.items() if e == f"3 {name}"}
+        cells = [[grid[f"{mode}, {loss}"] for loss in LOSSES] for mode in DELTAS]
+        cells = (100 * torch.tensor(cells).mean(dim=-1)).tolist()  # [delta][loss]
         image = axis.imshow(cells, vmin=0, vmax=100, cmap="cividis", aspect="auto")
         for y, x in itertools.product(range(len(DELTAS)), range(len(LOSSES))):
             colour = "white" if cells[y][x] < 60 else "black"
@@ -1442,25 +1452,29 @@ def draw_grid(plt, rows):
     return figure
 
 
-def draw_dots(plt, rows, stacked, panels):
-    """One of DOT_PLOTS → figure, or None without the rows."""
-    panels = [(summarise_column(rows, e, metric), *rest) for e, metric, *rest in panels]
-    panels = [panel for panel in panels if panel[0]]
-    if not panels:
+def draw_columns(plt, rows, panels):
+    """Columns of tables as dots with their intervals → figure, or None without the rows."""
+    found = []
+    for experiment, metric in panels:
+        points = {label: row[metric] for (e, label), row in rows.items() if e == experiment}
+        if points:
+            found.append((experiment, metric, points))
+    if not found:
         return None
-    heights = [len(panel[0]) for panel in panels]
-    if stacked:
-        shape, options = (len(panels), 1), dict(sharex=True, height_ratios=heights)
-        size = (8, 1 + 0.8 * len(panels) + 0.3 * sum(heights))
-    else:
-        shape, options = (1, len(panels)), dict(sharey=True)
-        size = (8, 1.2 + 0.3 * heights[0])
-    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, **options)
-    for axis, (points, factor, xlabel, title) in zip(axes.flat, panels):
-        means, halves = ([factor * x for x in values] for values in zip(*points.values()))
+    heights = [len(points) for *_, points in found]
+    figure, axes = plt.subplots(
+        len(found), figsize=(8, 0.9 * len(found) + 0.27 * sum(heights)), squeeze=False,
+        height_ratios=heights, sharex=len({metric for _, metric, _ in found}) == 1,
+    )
+    titles = [TABLES[experiment][0].partition(":")[0] for experiment, *_ in found]
+    for i, (axis, (experiment, metric, points)) in enumerate(zip(axes[:, 0], found)):
+        heading, factor, _ = next(spec for name, *spec in TABLES[experiment][1] if name == metric)
+        means, halves = zip(*map(mean_and_interval, points.values()))
+        means, halves = [factor * x for x in means], [factor * x for x in halves]
         upper = [min(h, 100 - m) if factor == 100 else h for m, h in zip(means, halves)]
         axis.errorbar(means, list(points), xerr=(halves, upper), fmt="o", color=COLOURS[0])
-        axis.set(xlabel=xlabel, title=title, ylim=(len(points) - 0.5, -0.5))  # first row on top
+        axis.set(xlabel=heading, ylim=(len(points) - 0.5, -0.5))  # first row on top
+        axis.set_title("" if titles[i] in titles[:i] else titles[i])
         axis.tick_params(labelbottom=True)
     figure.supxlabel("dot and bar: mean over the runs and its 95 % interval", fontsize=9)
     return figure
@@ -1479,7 +1493,7 @@ def draw_plots(rows, out):
         "legend.fontsize": 9, "errorbar.capsize": 3,
     })
     figures = {"learning_curves": draw_curves(plt, rows), "grid": draw_grid(plt, rows)}
-    figures |= {name: draw_dots(plt, rows, *rest) for name, *rest in DOT_PLOTS}
+    figures |= {name: draw_columns(plt, rows, panels) for name, panels in PANELS.items()}
     for name, figure in figures.items():
         if figure is not None:
             figure.savefig(out / f"{name}.png")
@@ -1553,7 +1567,8 @@ def run_study(out, num_runs, seed, full=False, quick=False, plots=True):
 
     for title, table in format_tables(mine).items():
         print(f"{title}\n\n{table}\n")
-    print("What the study found\n\n" + "".join(f"- {line}\n" for line in findings(mine)))
+    if findings(mine):
+        print("What the study found\n\n" + "".join(f"- {line}\n" for line in findings(mine)))
     text = "# Results of grpo_sort.py\n\nMeans ± 95 % intervals over independent runs; every run's "
     text += "numbers, settings and versions are in results.json.\n\n"
     text += "".join(f"- {line}\n" for line in findings(rows))
@@ -1584,17 +1599,19 @@ def prompt_numbers(text):
 
 
 def make_parser():
-    """The command line; the defaults of a single variant are those of RECIPE."""
+    """The command line; options of a single variant are those of run_policy_gradient, if given."""
     parser = Parser(
         prog="grpo_sort.py",
         description="Policy gradient and GRPO on a toy task, sorting: every variant, measured.",
         epilog="With no option: the study, about two minutes; its rows replace those in --out.",
+        argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument_group("the study").add_argument
-    add("--quick", action="store_true", help="ten seconds: the classic experiment and its repair")
-    add("--full", action="store_true", help="wider sweeps and a larger task, about ten minutes")
+    yes = dict(action="store_true", default=False)
+    add("--quick", **yes, help="ten seconds: the classic experiment and its repair")
+    add("--full", **yes, help="wider sweeps and a larger task, about ten minutes")
     add("--out", type=Path, default=Path("results/sort"), metavar="DIR", help="(%(default)s)")
-    add("--no-plots", action="store_true", help="write tables and numbers only")
+    add("--no-plots", **yes, help="write tables and numbers only")
     add = parser.add_argument_group("both").add_argument
     add("--runs", type=int, default=32, metavar="N", help="models side by side (%(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="same seed, same numbers (%(default)s)")
@@ -1603,22 +1620,26 @@ def make_parser():
         "Any of these trains one variant and prints what it samples as it learns; nothing is "
         "written. What is not given is as in the recipe, in parentheses.",
     ).add_argument
-    for flag, choices, default in (
-        ("--delta", (*DELTAS, "process", "gae"), "normalized_rewards); gae is PPO"),
-        ("--loss", LOSSES, "clipped)"),
-        ("--reward", tuple(REWARDS), "distance)"),
-        ("--kl-estimator", ("k1", "k2", "k3"), "k3)"),
+    for flag, name, choices, default in (
+        ("--delta", "deltas_mode", (*DELTAS, "process", "gae"), "normalized_rewards); gae is PPO"),
+        ("--loss", "loss_mode", LOSSES, "clipped)"),
+        ("--reward", "reward_fn", tuple(REWARDS), "distance)"),
+        ("--kl-estimator", "kl_estimator", ("k1", "k2", "k3"), "k3)"),
     ):
-        add(flag, choices=choices, metavar="NAME", help=f"{', '.join(choices)} ({default}")
-    add("--kl", type=float, metavar="β", help="coefficient of the KL penalty (0)")
-    add("--epsilon", type=float, metavar="ε", help="clip range (0.2)")
-    add("--epsilon-high", type=float, metavar="ε", help="upper clip range (as --epsilon)")
-    add("--entropy-bonus", type=float, metavar="C", help="coefficient of the entropy bonus (0)")
-    add("--num-responses", type=int, metavar="G", help="group size (10)")
-    add("--num-epochs", type=int, metavar="N", help="epochs, each with new samples (100)")
-    add("--num-steps-per-epoch", type=int, metavar="N", help="inner steps on the same samples (10)")
-    add("--learning-rate", type=float, metavar="LR", help="learning rate of Adam (0.005)")
-    add("--init-scale", type=float, metavar="S", help="std of the initial embedding (0.1)")
+        text = f"{', '.join(choices)} ({default}"
+        add(flag, dest=name, choices=choices, metavar="NAME", help=text)
+    for flag, name, kind, letter, text in (
+        ("--kl", "kl_penalty", float, "β", "coefficient of the KL penalty (0)"),
+        ("--epsilon", "epsilon", float, "ε", "clip range (0.2)"),
+        ("--epsilon-high", "epsilon_high", float, "ε", "upper clip range (as --epsilon)"),
+        ("--entropy-bonus", "entropy_bonus", float, "C", "coefficient of the entropy bonus (0)"),
+        ("--num-responses", "num_responses", int, "G", "group size (10)"),
+        ("--num-epochs", "num_epochs", int, "N", "epochs, each with new samples (100)"),
+        ("--num-steps-per-epoch", "num_steps_per_epoch", int, "N", "inner steps (10)"),
+        ("--learning-rate", "learning_rate", float, "LR", "learning rate of Adam (0.005)"),
+        ("--init-scale", "init_scale", float, "S", "std of the initial embedding (0.1)"),
+    ):
+        add(flag, dest=name, type=kind, metavar=letter, help=text)
     add("--prompts", type=prompt_numbers, nargs="+", metavar="3,2,4", help="(1,0,2 3,2,4 1,2,3)")
     return parser
 
@@ -1648,16 +1669,15 @@ def train_one(num_runs, seed, **changes):
 
 def main(argv=None):
     """Run the command line. → exit status, None for success"""
+    torch.set_num_threads(1)  # for tensors this small a second thread costs more than it brings
     parser = make_parser()
     args = parser.parse_args(argv)
     if not 1 <= args.runs <= 10_000:
         parser.error(f"--runs must be at least 1 and at most 10000, not {args.runs}")
     if not 0 <= args.seed < 2**63:
         parser.error(f"--seed must be between 0 and 2^63 − 1, not {args.seed}")
-    names = {"delta": "deltas_mode", "loss": "loss_mode", "kl": "kl_penalty", "reward": "reward_fn"}
     study = ("quick", "full", "out", "no_plots", "runs", "seed")
-    given = {k: v for k, v in vars(args).items() if k not in study and v is not None}
-    variant = {names.get(k, k): v for k, v in given.items()}
+    variant = {name: value for name, value in vars(args).items() if name not in study}
 
     if variant:
         if args.quick or args.full:

@@ -26,6 +26,7 @@ from fractions import Fraction
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and the machine may be busy
 
 import pytest
 import torch
@@ -748,7 +749,7 @@ def test_the_quick_study_end_to_end_keeps_what_it_does_not_measure(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"rows": [old]}))
     done = command("--quick", "--runs", "2", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert "prompt [1 0 2]" in done.stdout and "What the study found" in done.stdout
+    assert "prompt [1 0 2]" in done.stdout and "What the study found" not in done.stdout  # of two runs
     rows = gs.load_rows(tmp_path / "results.json")
     assert rows["4b", "G = 3"] == old and "G = 3" in (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert "G = 3" not in done.stdout  # it prints what it measured
@@ -915,6 +916,10 @@ def test_tables_and_findings_are_those_of_the_results():
     for part in (*gs.format_tables(rows).values(), *gs.findings(rows)):
         assert part in text
     assert len(gs.findings(rows)) == len(gs.FINDINGS)
+    # The words fit these results only: another seed, or fewer runs, must not print them.
+    for change in ({"seed": 1}, {"num_runs": 31}):
+        other = rows | {("1", "rewards"): rows["1", "rewards"] | {"settings": {"seed": 0, "num_runs": 32} | change}}
+        assert gs.findings(other) == []
 
 
 def test_the_committed_benchmark_meets_the_targets():
@@ -2530,7 +2535,7 @@ reward = gsm.combined_reward
 calls = []
 def dies(*arguments):
     calls.append(1)
-    if len(calls) == 5:  # the worked example is the first
+    if len(calls) == 4:
         {kill}
     return reward(*arguments)
 gsm.combined_reward = dies
