@@ -9,9 +9,10 @@
 """GRPO fine-tuning of Qwen2.5-1.5B-Instruct on GSM8K, whole and in one file.
 
 The model reads a word problem, writes its reasoning and an answer in a fixed format, several times
-over, and is told of each whether the answer was right. From that alone it learns. This file holds
-everything that happens in between: rewards, sampling, advantages, log-probabilities, loss, and the
-loop that puts them in order. transformers provides model and tokenizer.
+over, and is told of each how many points it earned: two for the right answer, a few tenths for the
+format. From that alone it learns. This file holds everything that happens in between: rewards,
+sampling, advantages, log-probabilities, loss, and the loop that puts them in order. transformers
+provides model and tokenizer.
 
     python grpo_gsm8k.py --rehearsal             all of it in miniature: a CPU, minutes, no download
     python grpo_gsm8k.py                         the full job on one GPU of 80 GB
@@ -27,25 +28,15 @@ The algorithm is sections 1 to 10; what makes it a program that one can leave al
     4 advantages         8 settings                                15 command line
 
 grpo_sort.py explains the same algorithm on a task that fits on a page, in the same order (sections
-3 to 7 have the same numbers); read it first if the words are new. In short: the policy π is the
-model in training, π_old the model that sampled, π_ref a frozen copy of the model at the start; a
-group is the completions of one prompt; the advantage Â of a completion says how much better its
-reward was than the group's. What is different here, and why:
-
-    grpo_sort.py                 here                      because
-    response, delta δ            completion, advantage Â   these are the words of language models
-    [batch trial pos]            [row pos]                 transformers takes one leading axis
-    one length, plain means      completion_mask           completions end where the model ends them
-    num_responses, kl_penalty    num_generations, beta     names of TRL and symbols of the paper
-    num_steps_per_epoch          mu
-    KL summed over a response    mean over its tokens      as in the paper, eq. 3
-    std + 1e-5                   std + 1e-4                as in TRL
-    a run axis                   one run, many processes   the model is large
+3 to 7 and 10 have the same numbers); read it first if the words are new. In short: the policy π is
+the model in training, π_old the model that sampled, π_ref a frozen copy of the model at the start;
+a group is the completions of one prompt; the advantage Â of a completion says how much better its
+reward was than the group's. What is different here stands before section 1.
 
 Shapes are written [row pos]: a row is one completion, pos counts tokens. `batch` prompts with
-`trial` = num_generations completions each make batch·trial rows, those of a group one behind the
-other; `vocab` is the vocabulary, `dim` the model's width. → means "returns". Lines that are easy to
-get wrong carry a number, (!1) to (!8): the README lists them and test_grpo.py guards each.
+`trial` = num_generations completions each make batch·trial rows, those of a group consecutive;
+`vocab` is the vocabulary, `dim` the model's width. → means "returns". Lines that are easy to get
+wrong carry a number, (!1) to (!8): the README lists them and test_grpo.py guards each.
 Functions whose docstring says "Needs:" can be copied with what it names, and what that needs.
 
 One departure from the GRPO paper (arXiv 2402.03300): rewards, also those of single steps of the
@@ -53,6 +44,7 @@ reasoning, come from rules and not from a trained model.
 """
 
 import argparse
+import ast
 import bisect
 import contextlib
 import copy
@@ -71,7 +63,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
-from operator import add, mul, sub, truediv
+from operator import add, mul, neg, pos, sub, truediv
 from pathlib import Path
 from types import NoneType
 from typing import get_args
@@ -97,12 +89,36 @@ from transformers import (
 
 
 # ==================================================================================================
+# From grpo_sort.py to here
+#
+#     grpo_sort.py                   here                          because
+#     response, delta δ              completion, advantage Â       the words of language models
+#     [batch trial pos]              [row pos]                     transformers has one leading axis
+#     one length, plain means        completion_mask, loss_type    completions differ in length
+#     num_responses, kl_penalty      num_generations, beta         names of TRL and the paper
+#     epoch: a round of sampling     step; an epoch is a pass      it is the larger unit of work
+#                                    over the training problems
+#     num_steps_per_epoch            mu                            symbol of the papers
+#     compute_ref_model_period       num_steps, if there are       one reference is the rule
+#                                    several num_iterations
+#     loss_mode clipped, cispo       loss_type                     four averages, section 6
+#     loss_mode gspo                 importance_sampling_level     goes with any average
+#     KL beside the loss, summed     in the loss of a token        as in the paper, eq. 3
+#     std + 1e-5                     std + 1e-4                    as in TRL
+#     a run axis, no temperature     processes, a temperature      a large model, trained before
+#     naive, unclipped, k1, k2,      left out                      not what one trains with
+#     entropy bonus, PPO
+
+# ==================================================================================================
 # 1. The data
 #
-# GSM8K (arXiv 2110.14168): 7,473 word problems of primary school to train on, 1,319 to test. A row
-# is a question and a worked answer that ends with "#### " and the number. Only that number is used:
-# the model has to find the way to it by itself. Each question becomes a prompt in the chat format
-# that the model was trained on; without it an instruct model does not know when its turn ends.
+# GSM8K (arXiv 2110.14168): 7,473 word problems of primary school to train on, 1,319 to test. A
+# problem is a question and a worked answer that ends with "#### " and the number. Only that number
+# is used: the model has to find the way to it by itself. Each question becomes a prompt in the chat
+# format that the model was trained on; only in that format does it know where its turn ends.
+#
+# To train on something else, change check_problem (what a problem must hold), SYSTEM_PROMPT and
+# TAGS (the format), section 2 (what is right), and strict and lenient in section 9.
 
 SYSTEM_PROMPT = """\
 Solve the problem step by step. Write the steps between <reasoning> and </reasoning>, then the \
@@ -113,6 +129,7 @@ final number alone between <answer> and </answer>, like this:
 <answer>
 ...
 </answer>"""
+TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
 
 def extract_answer_from_dataset(text):
@@ -120,16 +137,16 @@ def extract_answer_from_dataset(text):
     return text.partition("####")[2].strip() or None
 
 
-def check_row(row, where):
-    """One row of the data, checked → {"question": str, "answer": the final number, as text}.
+def check_problem(problem, where):
+    """One problem of the data, checked → {"question": str, "answer": the final number, as text}.
 
-    Raises ValueError that names `where` (file and line) if the row cannot be trained on.
+    Raises ValueError that names `where` (file and line) if the problem cannot be trained on.
     """
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a row must be a JSON object with question and answer")
-    question, answer = row.get("question"), row.get("answer")
+    if not isinstance(problem, dict):
+        raise ValueError(f"{where}: a problem must be a JSON object with question and answer")
+    question, answer = problem.get("question"), problem.get("answer")
     if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"{where}: no question; each row needs a text under 'question'")
+        raise ValueError(f"{where}: no question; each problem needs a text under 'question'")
     if re.search("[\ud800-\udfff]", question):
         raise ValueError(f"{where}: the question holds half a surrogate pair, which is no text")
     gold = extract_answer_from_dataset(answer) if isinstance(answer, str) else None
@@ -140,32 +157,32 @@ def check_row(row, where):
     return {"question": question, "answer": gold}
 
 
-def load_rows(path=None, split="train"):
-    """GSM8K from the hub, or a JSONL file in its format → list of rows as check_row gives them.
+def load_problems(path=None, split="train"):
+    """GSM8K from the hub, or a JSONL file in its format → list of check_problem's results.
 
-    Raises ValueError with file and line for the first row that is wrong, and for an empty file.
+    Raises ValueError with file and line for the first problem that is wrong, and for an empty file.
     """
     if path is None:
         from datasets import load_dataset
 
-        rows = load_dataset("openai/gsm8k", "main", split=split)
-        return [check_row(row, f"openai/gsm8k {split}:{i}") for i, row in enumerate(rows)]
-    rows = []
+        found = load_dataset("openai/gsm8k", "main", split=split)
+        return [check_problem(row, f"openai/gsm8k {split}:{i}") for i, row in enumerate(found)]
+    problems = []
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line.decode("utf-8-sig"))
+                    problem = json.loads(line)
                 except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
                     raise ValueError(f"{path}:{number}: not JSON in UTF-8 ({error})") from None
-                rows.append(check_row(row, f"{path}:{number}"))
+                problems.append(check_problem(problem, f"{path}:{number}"))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    if not rows:
-        raise ValueError(f"{path}: no rows; one JSON object a line with question and answer")
-    return rows
+    if not problems:
+        raise ValueError(f"{path}: no problems; one JSON object a line with question and answer")
+    return problems
 
 
 def build_prompt(question, tokenizer):
@@ -192,15 +209,20 @@ def build_prompt(question, tokenizer):
 #     combined = correctness (2.0 same text, 1.5 same number, else 0) + format (4 tags, 0.2 each)
 #
 # The format term is a foothold: a model that never writes the tags would never be right. It is
-# small, so that it pays to be right; "control: format reward only" in results/gsm8k/ shows what it
-# does alone. The same text earns more than the same number, so that the bare number is learned.
+# small, so that it pays to be right ("control: format reward only" in results/gsm8k/ shows what the
+# format term does alone). The same text earns more than the same number, so that the model learns
+# to write the number alone between the tags, without units.
 
 # Digits, commas and points that begin and end as a number does; read_number judges what is inside.
 NUMBER = r"(?:(?<!\.)\.)?[0-9](?:[0-9.,]*[0-9])?"
-# [1] a sign that is not a hyphen or a minus between numbers, [2] one behind the currency: $-5,
-# [3] the number, [4] what it is divided by: a/b is one number.
 SIGNED_NUMBER = re.compile(
-    rf"(?:(?<![\w)])([-+\u2212]))?(?:[$£€]\s?([-\u2212])?)?({NUMBER})(?:\s?/\s?({NUMBER}))?"
+    rf"""
+    (?: (?<![\w)]) ([-+\u2212]) )?  # [1] a sign, not a hyphen or a minus between numbers
+    (?: [$£€]\s? ([-\u2212])? )?    # [2] the sign behind a currency: $-5
+    ({NUMBER})                      # [3] the number
+    (?: \s?/\s? ({NUMBER}) )?       # [4] its divisor: a/b is one number
+    """,
+    re.VERBOSE,
 )
 LATEX_FRACTION = re.compile(r"(?<![0-9])\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 
@@ -264,8 +286,7 @@ def correctness_reward(completions, answers):
 
 def format_reward(completions):
     """0.2 for each of the four tags that is present, wherever it stands → list[float]"""
-    tags = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
-    return [0.2 * sum(tag in completion for tag in tags) for completion in completions]
+    return [0.2 * sum(tag in completion for tag in TAGS) for completion in completions]
 
 
 def combined_reward(completions, answers):
@@ -279,7 +300,7 @@ def combined_reward(completions, answers):
 #
 # The rollout: a group of G = num_generations completions for each prompt, drawn token by token from
 #
-#     π(a | s) = softmax(logits / temperature)      a: the next token, s: prompt and tokens so far
+#     π(a_t | s, a_<t) = softmax(logits / temperature)[a_t]      s: the prompt, a_<t: tokens so far
 #
 # and from nothing else, because the ratios of section 6 assume exactly that. A checkpoint brings
 # habits of its own (Qwen2.5-1.5B-Instruct: top_k 20, top_p 0.8, repetition_penalty 1.1, temperature
@@ -315,13 +336,14 @@ def get_eos_token_ids(model, tokenizer):
     return ends
 
 
-def encode_prompts(tokenizer, prompts):
-    """Prompts padded on the left, so that all end where completions begin.
+def encode(tokenizer, texts, padding_side="left"):
+    """Texts as tokens; prompts are padded on the left, so that all end where completions begin.
 
-    → ids, mask int[batch prompt_pos]
+    → ids, mask int[batch pos]
     """
     encoded = tokenizer(
-        prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+        texts, add_special_tokens=False, padding=True, padding_side=padding_side,
+        return_tensors="pt",
     )
     return encoded["input_ids"], encoded["attention_mask"]
 
@@ -379,11 +401,11 @@ def sample_tokens(logits, temperature=1.0, generator=None):
     # The first token where the cumulative probability exceeds a uniform number. (The same as
     # torch.multinomial, which draws a random number for every entry of the vocabulary.)
     cumulative = (logits / temperature).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    cumulative /= cumulative[:, -1:].clone()  # [row vocab], ends in exactly 1
     uniform = torch.rand(
         len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator
-    )  # [row 1]
-    token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]  # [row]
-    return token.clamp(max=logits.shape[1] - 1)  # [row], should rounding reach the end
+    )  # [row 1], below 1
+    return torch.searchsorted(cumulative, uniform, right=True)[:, 0]  # [row]
 
 
 @torch.no_grad()
@@ -401,12 +423,12 @@ def generate_completions(
     num_generations times in a row, and completion_ids, completion_mask int[row pos], padded behind
     the end token, with 1 ≤ pos ≤ max_completion_length. Raises FloatingPointError if the logits are
     not finite.
-    Needs: torch, torch.nn.functional as F; Cache, encode_prompts, create_completion_mask,
+    Needs: torch, torch.nn.functional as F; Cache, encode, create_completion_mask,
     get_eos_token_ids, eval_mode, sample_tokens.
     """
     eos_token_ids = eos_token_ids or get_eos_token_ids(model, tokenizer)
     ends = torch.tensor(eos_token_ids, device=model.device)  # [end]
-    prompt_ids, prompt_mask = (x.to(model.device) for x in encode_prompts(tokenizer, prompts))
+    prompt_ids, prompt_mask = (x.to(model.device) for x in encode(tokenizer, prompts))
     # each [batch prompt_pos]
 
     def repeat(x):
@@ -481,7 +503,8 @@ def compute_advantages(rewards, mode="normalized"):
         )
     rewards = rewards.float()
     mean = rewards.mean(dim=-1, keepdim=True)  # [batch 1]
-    # (!3) The float32 mean of equal rewards may differ from them by rounding: exactly 0 instead.
+    # (!3) The float32 mean of equal rewards may differ from them by rounding, and divided by 1e-4
+    # that would be an advantage: exactly 0 instead.
     equal = rewards.amax(dim=-1, keepdim=True) == rewards.amin(dim=-1, keepdim=True)  # [batch 1]
     centered = (rewards - mean).masked_fill(equal, 0.0)  # [batch trial]
     if mode == "centered":
@@ -499,9 +522,10 @@ ADVANTAGES = ("normalized", "centered", "leave_one_out", "batch_normalized")
 def compute_process_advantages(step_rewards, completion_mask, num_generations=None):
     """Advantages of tokens from rewards of steps: GRPO, arXiv 2402.03300, section 4.1.3.
 
-    The rewards of all reasoning steps of a group are normalised together; the advantage of a token
-    is the sum of those of its own and later steps. Every step that holds adds a positive term, so
-    writing more of them pays too.
+    A step is a line of reasoning with an equation, or the answer (section 11). The rewards of all
+    steps of a group are normalised together; the advantage of a token is the sum of the normalised
+    rewards of its own and all later steps. Mind that every step that is right adds a positive term:
+    a model is also paid for padding its reasoning with true equations.
 
     step_rewards: for each row its steps as (end token index, reward), as locate_steps gives them;
     completion_mask int[row pos]; num_generations: consecutive rows that are a group, None for all →
@@ -579,11 +603,11 @@ def compute_log_probs(
     targets = input_ids[:, -logits_to_keep:].flatten()  # [row*kept]
     head = model.get_output_embeddings()
 
-    def score(hidden, targets):
-        logits = head(hidden).float()  # [chunk vocab]
+    def score(h, t):
+        logits = head(h).float()  # [chunk vocab]
         if temperature != 1:  # saves a pass over the largest tensor
             logits = logits / temperature
-        return selective_log_softmax(logits, targets)  # [chunk]
+        return selective_log_softmax(logits, t)  # [chunk]
 
     log_probs = [
         checkpoint(score, h, t, use_reentrant=False)
@@ -598,27 +622,38 @@ def compute_log_probs(
 # With ρ = exp(log π − log π_old), the ratio to the policy that sampled, the loss of a token is
 #
 #     ℓ = −min(ρ Â, clip(ρ, 1 − ε, 1 + ε_high) Â) + β k3        GRPO, arXiv 2402.03300, eq. 3
-#     k3 = exp(log π_ref − log π) − (log π_ref − log π) − 1      eq. 4: KL to the reference model
+#     k3 = exp(log π_ref − log π) − (log π_ref − log π) − 1     eq. 4: KL to the reference model
 #
-# ρ matters when µ > 1 updates are made on the same samples: once it has passed 1 + ε_high with
-# Â > 0, or 1 − ε with Â < 0, the token is not pushed any further; the minimum keeps the way back
-# open. In the first update, the only one by default (µ = 1), ρ = 1 and nothing is clipped. There
-# the value of the loss says little: with loss type grpo it is minus the mean advantage, 0, plus
-# β k3. Its gradient, −Â ∇log π, is what teaches. cispo clips the weight of the push instead:
+# The penalty β k3 holds π near π_ref, so that it does not forget what the reward does not ask for
+# (k3 is one of three estimators: grpo_sort.py, section 8). ρ matters when µ > 1 updates are made on
+# the same samples: once it has passed 1 + ε_high with Â > 0, or 1 − ε with Â < 0, the token is not
+# pushed any further; the minimum keeps the way back open. GRPO has ε_high = ε, DAPO a larger one,
+# which lets rare tokens grow. In the first update, the only one by default (µ = 1), ρ = 1 and
+# nothing is clipped. There the value of the loss says little: with loss type grpo and outcome
+# supervision it is minus the mean advantage, 0, plus β k3. Its gradient, −Â ∇log π, is what
+# teaches.
 #
-#     ℓ = −stop_gradient(min(ρ, 1 + ε_high)) Â log π             CISPO, arXiv 2506.13585, section 3
-#
-# importance_sampling_level="sequence" replaces every ρ of a completion by the geometric mean of
-# them (GSPO, arXiv 2507.18071, eq. 7, for one advantage a completion and ε near 3e-4). How the
-# tokens of all rows are averaged is its own choice:
+# How the tokens of all rows are averaged is a choice of its own, the loss type:
 #
 #     grpo      mean over rows of each row's mean     a token of a long completion counts less
-#     dapo      Σ ℓ / all tokens of the batch         every token counts the same (2503.14476)
+#     dapo      Σ ℓ / all tokens of the step          every token counts the same (2503.14476)
 #     dr_grpo   Σ ℓ / (rows · max_completion_length)  the same, over a constant (2503.20783)
-#     cispo     as dapo
+#     cispo     as dapo, but clips the weight of the push, so that no token loses its gradient:
+#               ℓ = −stop_gradient(min(ρ, 1 + ε_high)) Â log π       (2506.13585, section 3)
 #
-# k3 is one of three estimators (grpo_sort.py, section 8). A batch may reach the loss in parts
-# (micro-batches, processes): divided by the totals of the batch, the losses of its parts add up.
+# importance_sampling_level="sequence" replaces every ρ of a completion by the geometric mean of
+# them (GSPO, arXiv 2507.18071, eq. 7), which moves so little that ε has to be some 1e-4. Which
+# flags make which method (with --beta 0, but for GRPO):
+#
+#     GRPO      the defaults
+#     Dr. GRPO  --loss-type dr_grpo --advantage centered
+#     DAPO      --loss-type dapo --epsilon-high 0.28   (not its dynamic sampling, length penalty)
+#     GSPO      --importance-sampling-level sequence --epsilon 3e-4 --epsilon-high 4e-4
+#     CISPO     --loss-type cispo --epsilon-high 4     (TRL's epsilon_high is 1 more: 5)
+#     Lite PPO  --loss-type dapo --advantage batch_normalized
+#
+# A batch may reach the loss in parts (micro-batches, processes): divided by the totals of the whole
+# batch, the losses of its parts add up.
 
 
 def grpo_loss(
@@ -668,7 +703,8 @@ def grpo_loss(
     row_tokens = mask.sum(dim=-1, keepdim=True).clamp(min=1)  # [row 1]
     tokens = mask.sum().clamp(min=1)
 
-    # The push. (!5) Padding is removed before exp(): 0 · inf is not 0.
+    # The push, along the advantage.
+    # (!5) Padding is removed before exp(): 0 · inf is not 0.
     log_ratio = (log_probs - old_log_probs.detach()).masked_fill(padding, 0)  # [row pos]
     if importance_sampling_level == "sequence":
         log_ratio = log_ratio.sum(dim=-1, keepdim=True) / row_tokens  # [row 1]
@@ -724,9 +760,10 @@ leave_one_out      2.27            -0.40            -0.40            -1.47
 step rewards      1 1 1            1 0 0            0 1 0            0          (section 11)
 process           2.8 1.9 0.9      -0.9 -1.9 -0.9   -0.9 0.0 -0.9    -0.9       a token of each step
 
-In the first update every ratio is 1, and the loss is minus the mean advantage: 0. It teaches all
-the same: its gradient at the log-probability of each of a completion's n tokens is −Â / (4 n), so
-the first completion becomes likelier and the others less likely, the bare number most of all."""
+In the first update every ratio is 1, and the loss (type grpo) is minus the mean advantage: 0. It
+teaches all the same: its gradient at the log-probability of each of a completion's n tokens is
+−Â / (4 n), so the first completion becomes likelier and the others less likely, the one without
+tags most of all."""
 
 # ==================================================================================================
 # 8. Settings
@@ -740,17 +777,21 @@ the first completion becomes likelier and the others less likely, the bare numbe
 #     ε 0.2 instead of 0.1: that of PPO's paper (arXiv 1707.06347)
 #     learning rate 2e-6 instead of 5e-6. The tutorial keeps weights in bfloat16, which rounds small
 #         updates away and so needs larger ones; here they are float32 (section 12). On this model
-#         and task 6e-6 on float32 does about what 1.7e-5 does on bfloat16, a third
+#         and task, in runs of 15 steps, 6e-6 on float32 does about what 1.7e-5 does on bfloat16
 #         (github.com/areal-project/AReaL, pull request 1634).
-#     gradient norm 1 instead of 0.1: AdamW divides out a constant scale; a bound that nearly every
-#         step exceeds would give each step another.
+#     gradient norm 1 instead of 0.1: AdamW divides out a constant scale of the gradients, but a
+#         bound that nearly every step exceeds scales each step by a different factor.
 
 REWARDS, SUPERVISION = ("combined", "correctness", "format"), ("outcome", "process")
 
 
-def setting(default, text, **argparse_options):
-    """A field of Settings with the help line of its flag."""
-    return field(default=default, metadata={"help": text, **argparse_options})
+ABOVE_ZERO = sys.float_info.min  # the smallest bound that excludes 0
+
+
+def setting(default, text, least=None, below=math.inf, choices=None):
+    """A field of Settings: its default, the help line of its flag, and what it may be."""
+    metadata = {"help": text, "least": least, "below": below, "choices": choices}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -762,80 +803,65 @@ class Settings:
     )
     output_dir: str = setting("runs/gsm8k", "folder for metrics, checkpoints, final model")
     # the algorithm
-    num_iterations: int = setting(1, "rounds of --num-steps; each renews the reference model")
-    num_steps: int = setting(500, "steps a round; each samples once, then makes --mu updates")
-    batch_size: int = setting(8, "prompts a step, over all processes together")
-    num_generations: int = setting(12, "completions of each prompt: the group size G")
-    max_completion_length: int = setting(400, "tokens, at most")
-    temperature: float = setting(1.0, "of the sampling and of the probabilities learned from")
+    num_iterations: int = setting(1, "rounds of --num-steps, each with a new reference model", 1)
+    num_steps: int = setting(500, "steps a round; each samples once, then makes --mu updates", 1)
+    batch_size: int = setting(8, "prompts a step, over all processes together", 1)
+    num_generations: int = setting(12, "completions of each prompt: the group size G", 2)
+    max_completion_length: int = setting(400, "tokens, at most", 1)
+    temperature: float = setting(1.0, "of the samples, and of log π", ABOVE_ZERO)
     reward: str = setting("combined", "for outcome supervision", choices=REWARDS)
     supervision: str = setting("outcome", "reward the answer, or steps", choices=SUPERVISION)
     advantage: str = setting("normalized", "for outcome supervision", choices=ADVANTAGES)
     loss_type: str = setting("grpo", "how tokens are averaged, and cispo", choices=LOSS_TYPES)
     importance_sampling_level: str = setting("token", "of the ratio", choices=LEVELS)
-    epsilon: float = setting(0.2, "ε: clip range")
-    epsilon_high: float | None = setting(None, "upper clip range; default: as --epsilon")
-    beta: float = setting(0.04, "β: weight of the KL penalty; 0 holds no reference model")
-    mu: int = setting(1, "µ: updates on the same samples")
+    epsilon: float = setting(0.2, "ε: clip range", ABOVE_ZERO, 1)
+    epsilon_high: float | None = setting(None, "upper clip range; default: --epsilon", ABOVE_ZERO)
+    beta: float = setting(0.04, "β: weight of the KL penalty; 0 holds no reference model", 0)
+    mu: int = setting(1, "µ: updates on the same samples (TRL: num_iterations)", 1)
     # the optimizer
-    learning_rate: float = setting(2e-6, "of AdamW, constant")
-    max_grad_norm: float = setting(1.0, "longer gradients are scaled down to it")
-    micro_batch_size: int = setting(8, "completions in one forward and backward pass: memory")
+    learning_rate: float = setting(2e-6, "of AdamW, constant", ABOVE_ZERO)
+    max_grad_norm: float = setting(1.0, "longer gradients are scaled down to it", ABOVE_ZERO)
+    micro_batch_size: int = setting(8, "completions in one forward and backward pass: memory", 1)
     gradient_checkpointing: bool = setting(False, "less memory, about a third more computation")
     # around it
-    eval_examples: int | None = setting(None, "evaluate the first N rows only; 0: none")
-    eval_every: int = setting(100, "steps between evaluations; 0: only before and after")
-    save_every: int = setting(50, "steps between checkpoints; the last two are kept")
+    eval_examples: int | None = setting(None, "evaluate the first N rows only; 0: none", 0)
+    eval_every: int = setting(100, "steps between evaluations; 0: only before and after", 0)
+    save_every: int = setting(50, "steps between checkpoints; the last two are kept", 1)
     resume: bool = setting(False, "go on from the last checkpoint in --output-dir")
     eval_only: bool = setting(False, "evaluate the model and leave")
     rehearsal: bool = setting(False, "the whole job in miniature, on a CPU, nothing to download")
-    seed: int = setting(0, "the same seed gives the same run (on a GPU: but for rounding)")
+    seed: int = setting(0, "same seed, same run (on a GPU: but for rounding)", 0, 2**63)
     device: str = setting("auto", "auto needs a GPU", choices=("auto", "cpu", "cuda"))
 
 
 # A resumed run may change these; any other would make it another run.
 FREE_TO_CHANGE = (
     "output_dir", "num_steps", "eval_file", "eval_examples", "eval_every", "save_every", "resume",
-    "micro_batch_size", "gradient_checkpointing", "eval_only",
+    "micro_batch_size", "gradient_checkpointing", "eval_only", "device",
 )
 
 
 def check_settings(settings):
     """Raise ValueError for a setting that cannot work, naming its flag and what it may be."""
-    above_zero = 1e-30  # what a number above 0 is at least
-    for name, low, high in (
-        *((name, 1, math.inf) for name in ("num_iterations", "num_steps", "batch_size", "mu")),
-        *((name, 1, math.inf) for name in ("max_completion_length", "micro_batch_size")),
-        ("num_generations", 2, math.inf),
-        *((name, above_zero, math.inf) for name in ("temperature", "learning_rate")),
-        ("max_grad_norm", above_zero, math.inf),
-        ("epsilon", above_zero, 1),
-        ("epsilon_high", above_zero, math.inf),
-        ("beta", 0, math.inf),
-        *((name, 0, math.inf) for name in ("eval_examples", "eval_every")),
-        ("save_every", 1, math.inf),
-        ("seed", 0, 2**63),
-    ):
-        value = getattr(settings, name)
-        if value is not None and not low <= value < high:
-            least = "above 0" if low == above_zero else f"at least {low}"
-            most = "" if high == math.inf else f" and below {high}"
-            raise ValueError(f"--{name.replace('_', '-')} must be {least}{most}, not {value}")
     for item in fields(settings):
-        choices, value = item.metadata.get("choices"), getattr(settings, item.name)
+        flag, value = f"--{item.name.replace('_', '-')}", getattr(settings, item.name)
+        least, below, choices = (item.metadata[key] for key in ("least", "below", "choices"))
         if choices and value not in choices:
-            flag = f"--{item.name.replace('_', '-')}"
             raise ValueError(f"{flag} may be {', '.join(choices)}, not {value!r}")
+        if least is not None and value is not None and not least <= value < below:
+            bounds = "above 0" if least == ABOVE_ZERO else f"at least {least}"
+            bounds += "" if below == math.inf else f" and below {below}"
+            raise ValueError(f"{flag} must be {bounds}, not {value}")
     if settings.reward == "format" and settings.supervision == "process":
         raise ValueError("--supervision process rewards steps, so --reward format has no meaning")
 
 
-def check_batch_size(settings, train_rows):
+def check_batch_size(settings, train_problems):
     """Raise ValueError if a step cannot be filled, or not every process would get a prompt."""
-    if not get_world_size() <= settings.batch_size <= len(train_rows):
+    if not get_world_size() <= settings.batch_size <= len(train_problems):
         raise ValueError(
             f"--batch-size {settings.batch_size} must be at least the number of processes "
-            f"({get_world_size()}) and at most the number of training rows ({len(train_rows)})"
+            f"({get_world_size()}) and at most the number of training rows ({len(train_problems)})"
         )
 
 
@@ -846,10 +872,14 @@ def check_batch_size(settings, train_rows):
 # model can know the answer and not the format: strict wants the right number in the answer tag,
 # lenient takes the last number of the text where the tag has none. What training gains is often
 # strict alone: format, not arithmetic. And n questions are a sample, so an interval belongs to it.
+#
+# From here on the work may be shared by several processes. In a single one get_rank() is 0,
+# get_world_size() 1, and my_share, gather_lists and sum_over_processes give back what they get;
+# autocast chooses the precision (section 12). say, Log, StopRequest: section 13.
 
 
 def wilson_interval(successes, n, z=1.959964):
-    """The 95 % confidence interval of a rate (Wilson 1927) → (low, high); needs: math."""
+    """The 95 % confidence interval of a rate (Wilson 1927) → (low, high). Needs: math."""
     rate, centre = successes / n, (successes + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * math.sqrt(n * rate * (1 - rate) + z * z / 4)
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -861,54 +891,43 @@ def last_number(text):
     return parse_number(pieces[-1]) if pieces else None
 
 
-def evaluate_model(model, tokenizer, rows, max_completion_length=400, batch_size=64):
-    """Greedy accuracy on rows as load_rows gives them, shared out over the processes.
+def evaluate_model(model, tokenizer, problems, max_completion_length=400, batch_size=64):
+    """Greedy accuracy on problems as load_problems gives them, shared out over the processes.
 
     → dict: examples, strict and its interval strict_low, strict_high, lenient, format (share with
     all four tags), finished_fraction (share that ended by itself), mean_length (tokens). Raises
-    ValueError if there are no rows, TrainingStopped if the logits are not finite.
+    ValueError if there are no problems, FloatingPointError if the logits are not finite.
     """
-    if not rows:
-        raise ValueError("evaluate_model needs at least one row")
+    if not problems:
+        raise ValueError("evaluate_model needs at least one problem")
     ends = get_eos_token_ids(model, tokenizer)
     # Prompts of like length together: less padding.
-    mine = sorted(rows[get_rank() :: get_world_size()], key=lambda row: len(row["question"]))
-    # strict, lenient, format, finished, tokens, and batches that failed
-    counts = torch.zeros(6, dtype=torch.float64)
+    mine = sorted(problems[get_rank() :: get_world_size()], key=lambda p: len(p["question"]))
+    counts = torch.zeros(5, dtype=torch.float64)  # strict, lenient, format, finished, tokens
     progress = tqdm(total=len(mine), desc="evaluating", leave=False, disable=get_rank() > 0)
     for first in range(0, len(mine), batch_size):
         batch = mine[first : first + batch_size]
-        prompts = [build_prompt(row["question"], tokenizer) for row in batch]
-        try:
-            with autocast(model.device):
-                _, _, ids, mask = generate_completions(
-                    model, tokenizer, prompts, 1, max_completion_length, temperature=0
-                )
-        except FloatingPointError:
-            counts[5] = 1
-            break
+        prompts = [build_prompt(problem["question"], tokenizer) for problem in batch]
+        with autocast(model.device):
+            _, _, ids, mask = generate_completions(
+                model, tokenizer, prompts, 1, max_completion_length, temperature=0
+            )
         texts, tokens = decode_completions(tokenizer, ids, mask)
-        for row, text, its_tokens in zip(batch, texts, tokens):
-            gold = parse_number(row["answer"])
+        for problem, text, its_tokens in zip(batch, texts, tokens):
+            gold = parse_number(problem["answer"])
             number = parse_number(extract_answer_from_model_output(text) or "")
-            strict = number is not None and number == gold
-            lenient = strict or (number is None and last_number(text) == gold is not None)
-            has_format = format_reward([text])[0] > 0.79  # all four tags, but for rounding
-            finished = its_tokens[-1] in ends
-            counts += torch.tensor([strict, lenient, has_format, finished, len(its_tokens), 0])
+            strict = number == gold
+            lenient = strict or (number is None and last_number(text) == gold)
+            has_format, finished = all(tag in text for tag in TAGS), its_tokens[-1] in ends
+            counts += torch.tensor([strict, lenient, has_format, finished, len(its_tokens)])
         progress.update(len(batch))
     progress.close()
-    totals = sum_over_processes(counts, model.device).tolist()
-    strict, lenient, has_format, finished, length, failed = totals
-    if failed:
-        raise TrainingStopped("evaluation: the model's logits are not finite")
-    n = len(rows)
-    low, high = wilson_interval(strict, n)
-    return {
-        "examples": n, "strict": strict / n, "strict_low": low, "strict_high": high,
-        "lenient": lenient / n, "format": has_format / n, "finished_fraction": finished / n,
-        "mean_length": length / n,
-    }
+    n, totals = len(problems), sum_over_processes(counts).tolist()
+    names = ("strict", "lenient", "format", "finished_fraction", "mean_length")
+    means = {name: total / n for name, total in zip(names, totals)}
+    low, high = wilson_interval(totals[0], n)
+    strict = {"strict": means.pop("strict"), "strict_low": low, "strict_high": high}
+    return {"examples": n, **strict, **means}
 
 
 def describe_evaluation(result):
@@ -923,14 +942,17 @@ def describe_evaluation(result):
 # ==================================================================================================
 # 10. The training loop
 #
-# for every step:
-#     rollout: prompts → completions → rewards → advantages      (the policy is π_old)
-#     µ times: log-probabilities now → loss → gradient, all rows → AdamW
+# for every round (num_iterations; one by default):
+#     π_ref ← a frozen copy of π
+#     for every step (num_steps):
+#         rollout: prompts → completions → rewards → advantages      (the policy is π_old)
+#         µ times: log-probabilities now → loss → gradient over all rows → AdamW
 #
 # What metrics.jsonl says, a line a step, and what is normal:
 #
-#     loss                 mean over the µ updates; with µ = 1 near 0 from the first step to the
-#                          last (section 6), and no measure of progress. Watch the reward.
+#     loss                 mean over the µ updates. With loss type grpo, outcome supervision and
+#                          µ = 1 near 0 from the first step to the last, else some other number
+#                          (section 6), but no measure of progress. Watch reward and accuracy.
 #     reward_mean          mean reward of this step's completions; noisy, rises over tens of steps
 #     reward_std           mean over groups of the spread within one: what there is to learn from
 #     correctness, format  the two parts of the reward, up to 2 and 0.8
@@ -940,8 +962,8 @@ def describe_evaluation(result):
 #     grad_norm            before clipping to max_grad_norm, mean over the µ updates
 #     completion_length    tokens, mean; if always the maximum, the model never stops
 #     finished_fraction    share that ended with an end token
-#     zero_std_groups      silent groups, with nothing to learn from; they grow in number as more
-#                          problems are always solved
+#     zero_std_groups      silent groups, whose advantages are all 0: nothing to learn from. They
+#                          grow in number as more problems are always solved
 #     skipped_updates      updates of this step left out because a number was not finite
 #     tokens_per_second    completion tokens sampled, over the time of the whole step
 #     step_seconds, peak_memory_bytes, learning_rate
@@ -952,7 +974,7 @@ MAX_SKIPPED = 3  # the run gives up after so many steps in a row with numbers th
 
 @dataclass
 class Rollout:
-    """A step's samples in this process; rows are completions, groups in a row."""
+    """A step's samples, those of this process but for `stats`."""
 
     input_ids: torch.Tensor  # [row prompt_pos + pos]
     attention_mask: torch.Tensor  # [row prompt_pos + pos]
@@ -973,42 +995,20 @@ def step_indices(step, batch_size, num_rows, seed):
     return indices
 
 
-def collect_rollout(model, tokenizer, rows, settings, generator):
-    """Sample a group for each row of this process, reward it, compare it → Rollout
-
-    Rewards are exchanged, so that batch_normalized sees the whole step. → None if the logits were
-    not finite, in this process or another.
-    """
+def collect_rollout(model, tokenizer, problems, settings, generator):
+    """Sample a group for each problem of this process, reward it, compare it → Rollout"""
     G = settings.num_generations
-    prompts = [build_prompt(row["question"], tokenizer) for row in rows]
-    failed = 0
-    try:
-        with autocast(model.device):
-            prompt_ids, prompt_mask, completion_ids, completion_mask = generate_completions(
-                model, tokenizer, prompts, G, settings.max_completion_length,
-                settings.temperature, generator=generator,
-            )
-    except FloatingPointError:
-        failed = 1
-    if sum_over_processes(torch.tensor(failed), model.device):  # all of them stay in step
-        return None
+    prompts = [build_prompt(problem["question"], tokenizer) for problem in problems]
+    with autocast(model.device):
+        prompt_ids, prompt_mask, completion_ids, completion_mask = generate_completions(
+            model, tokenizer, prompts, G, settings.max_completion_length,
+            settings.temperature, generator=generator,
+        )
     texts, tokens = decode_completions(tokenizer, completion_ids, completion_mask)
-    answers = [row["answer"] for row in rows for _ in range(G)]
+    answers = [problem["answer"] for problem in problems for _ in range(G)]
     correctness, form = correctness_reward(texts, answers), format_reward(texts)
     combined = combined_reward(texts, answers)
     rewards = {"combined": combined, "correctness": correctness, "format": form}[settings.reward]
-    ends = get_eos_token_ids(model, tokenizer)
-    stats = [
-        {
-            "reward": rewards[i : i + G],
-            "correctness": correctness[i : i + G],
-            "format": form[i : i + G],
-            "length": [len(row) for row in tokens[i : i + G]],
-            "finished": [row[-1] in ends for row in tokens[i : i + G]],
-        }
-        for i in range(0, len(texts), G)
-    ]
-    stats = gather_lists(stats)
     if settings.supervision == "process":
         steps = [
             locate_steps(step_rewards(text, answer), row, tokenizer)
@@ -1016,23 +1016,32 @@ def collect_rollout(model, tokenizer, rows, settings, generator):
         ]
         advantages = compute_process_advantages(steps, completion_mask, G)  # [row pos]
     else:
-        everyone = torch.tensor([group["reward"] for group in stats])  # [batch trial], all ranks'
-        own = my_share(compute_advantages(everyone, settings.advantage))  # [batch trial], our part
-        advantages = own.flatten().unsqueeze(-1).to(model.device) * completion_mask  # [row pos]
-    silent = (advantages.unflatten(0, (-1, G)) == 0).flatten(1).all(dim=1).tolist()  # [batch]
-    for group, is_silent in zip(stats, gather_lists(silent)):
-        group["silent"] = is_silent
+        # The rewards of all processes together, so that batch_normalized sees the whole step.
+        everyone = torch.tensor(gather_lists(rewards)).view(-1, G)  # [batch trial]
+        own = my_share(compute_advantages(everyone, settings.advantage))  # ours of these groups
+        advantages = own.reshape(-1, 1).to(model.device) * completion_mask  # [row pos]
+
+    ends, stats = get_eos_token_ids(model, tokenizer), []
+    for first in range(0, len(texts), G):
+        group = slice(first, first + G)
+        stats.append({
+            "reward": rewards[group], "correctness": correctness[group], "format": form[group],
+            "length": [len(row) for row in tokens[group]],
+            "finished": [row[-1] in ends for row in tokens[group]],
+            "silent": not advantages[group].any().item(),
+        })
+    # To look at: the best and the worst completion of the first group, one if they are the same. A
+    # completion's advantage is that of its first token.
     best, worst = max(range(G), key=rewards.__getitem__), min(range(G), key=rewards.__getitem__)
     shown = [
         {"text": texts[i], "reward": rewards[i], "advantage": advantages[i, 0].item()}
         for i in dict.fromkeys((best, worst))
     ]
-    # Under process supervision the advantage shown is that of the first token.
-    sample = {"question": rows[0]["question"], "answer": answers[0], "completions": shown}
     return Rollout(
-        torch.cat([prompt_ids, completion_ids], dim=1),
-        torch.cat([prompt_mask, completion_mask], dim=1),
-        completion_mask, advantages, stats, sample,
+        input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
+        attention_mask=torch.cat([prompt_mask, completion_mask], dim=1),
+        completion_mask=completion_mask, advantages=advantages, stats=gather_lists(stats),
+        sample={"question": problems[0]["question"], "answer": answers[0], "completions": shown},
     )
 
 
@@ -1049,77 +1058,85 @@ def split_rollout(rollout, micro_batch_size, keep_all):
     batches = []
     for first in range(0, len(order), micro_batch_size):
         rows = torch.tensor(order[first : first + micro_batch_size], device=lengths.device)
-        used = rollout.attention_mask[rows].any(dim=0).nonzero()[:, 0]  # columns in use
+        used = rollout.attention_mask[rows].any(dim=0).nonzero()[:, 0]  # [used], the columns in use
         begin, end = used[0].item(), used[-1].item() + 1
-        batches.append({
-            "input_ids": rollout.input_ids[rows, begin:end],
-            "attention_mask": rollout.attention_mask[rows, begin:end],
-            "completion_mask": rollout.completion_mask[rows, : end - prompt_length],
-            "advantages": rollout.advantages[rows, : end - prompt_length],
+        batches.append({  # now `row` are those of the micro-batch
+            "input_ids": rollout.input_ids[rows, begin:end],  # [row prompt_pos+pos], trimmed
+            "attention_mask": rollout.attention_mask[rows, begin:end],  # the same
+            "completion_mask": rollout.completion_mask[rows, : end - prompt_length],  # [row pos]
+            "advantages": rollout.advantages[rows, : end - prompt_length],  # [row pos]
         })
     return batches
+
+
+def micro_batch_loss(model, reference, batch, all_rows, all_tokens, settings):
+    """The part of a step's loss that a micro-batch of split_rollout has → grpo_loss's result.
+
+    In the first update it adds log π_old and log π_ref to the micro-batch.
+    """
+    inputs = batch["input_ids"], batch["attention_mask"], batch["completion_mask"].shape[1]
+    with autocast(model.device):
+        log_probs = compute_log_probs(model, *inputs, settings.temperature)  # [row pos]
+        if "old" not in batch:
+            # (!6) Nothing has been updated since the sampling, so these are log π_old.
+            batch["old"], batch["ref"] = log_probs.detach(), None
+            if settings.beta:
+                with torch.no_grad():  # [row pos]
+                    batch["ref"] = compute_log_probs(reference, *inputs, settings.temperature)
+    return grpo_loss(
+        log_probs, batch["old"], batch["ref"], batch["advantages"], batch["completion_mask"],
+        epsilon=settings.epsilon, epsilon_high=settings.epsilon_high, beta=settings.beta,
+        loss_type=settings.loss_type,
+        importance_sampling_level=settings.importance_sampling_level,
+        max_completion_length=settings.max_completion_length,
+        num_items=all_tokens, num_rows=all_rows,
+    )
 
 
 def update_policy(model, reference, optimizer, rollout, settings):
     """µ gradient steps on one rollout → dict of what to log, the same in every process.
 
     The loss of the step is a sum over micro-batches and processes: normalisers are those of the
-    whole step, so neither the micro-batch size nor the number of processes changes the gradient.
+    whole step, so neither the micro-batch size nor the number of processes changes the gradient,
+    but for rounding. The rows that split_rollout leaves out count in them; their loss is 0.
     """
-    device, parameters = model.device, [p for p in model.parameters() if p.requires_grad]
+    parameters = list(model.parameters())
     batches = split_rollout(rollout, settings.micro_batch_size, keep_all=settings.beta > 0)
     mine = torch.tensor([len(rollout.completion_mask), rollout.completion_mask.sum(), len(batches)])
-    rows, tokens, work = sum_over_processes(mine, device).tolist()  # of all processes
-    totals = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "grad_norm": 0.0}
-    skipped = 0
-    for update in range(settings.mu if work else 0):
-        sums = torch.zeros(3, dtype=torch.float64)  # loss, kl, clipped; the last two are by token
+    all_rows, all_tokens, all_batches = sum_over_processes(mine).tolist()
+    names, skipped = ("loss", "kl", "clip_fraction"), 0
+    totals = dict.fromkeys((*names, "grad_norm"), 0.0)
+    # Without any batch there is no update: AdamW's momentum alone would move the weights.
+    for _ in range(settings.mu if all_batches else 0):
+        sums = torch.zeros(3, dtype=torch.float64)  # of `names`; the last two are means over tokens
         for batch in batches:
-            inputs = batch["input_ids"], batch["attention_mask"], batch["completion_mask"].shape[1]
-            with autocast(device):
-                log_probs = compute_log_probs(model, *inputs, settings.temperature)  # [row pos]
-                if update == 0:
-                    # (!6) Nothing has been updated since the sampling, so these are log π_old.
-                    batch["old"] = log_probs.detach()
-                    batch["ref"] = None
-                    if settings.beta:
-                        with torch.no_grad():
-                            batch["ref"] = compute_log_probs(
-                                reference, *inputs, settings.temperature
-                            )  # [row pos]
-            loss, metrics = grpo_loss(
-                log_probs, batch["old"], batch["ref"],
-                batch["advantages"], batch["completion_mask"],
-                epsilon=settings.epsilon, epsilon_high=settings.epsilon_high, beta=settings.beta,
-                loss_type=settings.loss_type,
-                importance_sampling_level=settings.importance_sampling_level,
-                max_completion_length=settings.max_completion_length,
-                num_items=tokens, num_rows=rows,
+            loss, metrics = micro_batch_loss(
+                model, reference, batch, all_rows, all_tokens, settings
             )
             loss.backward()
             clipped = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
-            kl = metrics.get("kl", torch.zeros(()))
-            share = batch["completion_mask"].sum().item() / tokens
-            sums += torch.tensor([loss.item(), share * kl.item(), share * clipped.item()])
+            share = batch["completion_mask"].sum() / all_tokens
+            kl = metrics.get("kl", 0.0)
+            sums += torch.tensor([loss.item(), float(share * kl), float(share * clipped)])
         if get_world_size() > 1:
             for parameter in parameters:
                 if parameter.grad is None:  # a process whose groups were all silent
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad)
-        loss, kl, clipped = sum_over_processes(sums, device).tolist()
+        values = dict(zip(names, sum_over_processes(sums).tolist()))
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
-        if math.isfinite(loss) and math.isfinite(norm):
+        if math.isfinite(values["loss"]) and math.isfinite(norm):
             optimizer.step()
         else:
             skipped += 1
         optimizer.zero_grad(set_to_none=True)
-        for name, value in zip(totals, (loss, kl, clipped, norm)):
+        for name, value in {**values, "grad_norm": norm}.items():
             totals[name] += value / settings.mu
     if not settings.beta:
-        totals["kl"] = None
-    # JSON knows neither inf nor nan; skipped_updates says that there was one.
-    totals = {k: v if v is None or math.isfinite(v) else None for k, v in totals.items()}
-    return totals | {"skipped_updates": skipped}
+        totals["kl"] = math.nan
+    # JSON knows neither nan nor inf; skipped_updates says that there was one.
+    finite = {name: value if math.isfinite(value) else None for name, value in totals.items()}
+    return finite | {"skipped_updates": skipped}
 
 
 def summarise_rollout(stats):
@@ -1140,35 +1157,27 @@ def summarise_rollout(stats):
     }
 
 
-def take_step(model, reference, tokenizer, optimizer, rows, step, settings):
-    """Sample, reward, learn: one step on this process's rows → (record for metrics.jsonl, sample)
-
-    If the logits are not finite the sample is None and the record says so.
-    """
+def take_step(model, reference, tokenizer, optimizer, problems, step, settings):
+    """Sample, reward, learn: one step on this process's problems → (record for the log, sample)"""
     started = time.perf_counter()
     # The random state is a function of seed, step and rank: nothing to save, nothing to restore.
     source = random.Random(f"{settings.seed}, step {step}, rank {get_rank()}")
     generator = torch.Generator(model.device).manual_seed(source.getrandbits(63))
-    rollout = collect_rollout(model, tokenizer, rows, settings, generator)
-    record, tokens = {"step": step, "skipped_updates": 1}, 0
-    if rollout is not None:
-        record |= update_policy(model, reference, optimizer, rollout, settings)
-        record |= summarise_rollout(rollout.stats)
-        tokens = sum(sum(group["length"]) for group in rollout.stats)
+    rollout = collect_rollout(model, tokenizer, problems, settings, generator)
+    learned = update_policy(model, reference, optimizer, rollout, settings)
+    tokens = sum(sum(group["length"]) for group in rollout.stats)
     seconds = time.perf_counter() - started
-    record |= {
+    record = {"step": step, **learned, **summarise_rollout(rollout.stats)} | {
         "learning_rate": settings.learning_rate,
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(model.device),
     }
-    return record, rollout and rollout.sample
+    return record, rollout.sample
 
 
 def show_step(record, sample, settings, bar):
     """Keep the progress bar up to date; every ten steps print a completion or two."""
-    if sample is None:
-        return say(f"step {record['step']}: logits that are not finite, nothing was learned")
     bar.set_postfix(
         reward=f"{record['reward_mean']:.2f}",
         accuracy=f"{record['accuracy']:.2f}",
@@ -1182,16 +1191,17 @@ def show_step(record, sample, settings, bar):
             say(f"  reward {completion['reward']:.1f}: {completion['text']!r}")
 
 
-def train_with_grpo(model, tokenizer, train_rows, settings, eval_rows=()):
+def train_with_grpo(model, tokenizer, train_problems, settings, eval_problems=()):
     """Train the model in place; metrics and checkpoints go to settings.output_dir.
 
-    train_rows, eval_rows as load_rows gives them. → the signal that ended the training early, or 0.
-    Raises ValueError for settings that cannot work; TrainingStopped if MAX_SKIPPED steps in a
-    row were not finite, or a checkpoint can't be read or written.
+    train_problems, eval_problems as load_problems gives them → the signal that ended the training
+    early, or 0. Raises ValueError for settings that cannot work; TrainingStopped if MAX_SKIPPED
+    steps in a row were not finite, or a checkpoint can't be read or written; FloatingPointError if
+    the model's logits are not finite.
     """
     check_settings(settings)
-    check_batch_size(settings, train_rows)
-    total = settings.num_iterations * settings.num_steps
+    check_batch_size(settings, train_problems)
+    total, n = settings.num_iterations * settings.num_steps, len(train_problems)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True
     )
@@ -1203,16 +1213,19 @@ def train_with_grpo(model, tokenizer, train_rows, settings, eval_rows=()):
     log = Log(settings.output_dir, done)
 
     def evaluate(step):
-        if eval_rows:
+        if eval_problems:
             completions = settings.batch_size * settings.num_generations
             result = evaluate_model(
-                model, tokenizer, eval_rows, settings.max_completion_length, completions
+                model, tokenizer, eval_problems, settings.max_completion_length, completions
             )
             log.write("eval", {"step": step, **result})
             say(f"step {step}: {describe_evaluation(result)}")
 
-    if done == 0:
-        evaluate(0)
+    def due(step):
+        return step in (0, total) or (settings.eval_every and step % settings.eval_every == 0)
+
+    if due(done):
+        evaluate(done)
     model.train()
     skipped_in_a_row = 0
     bar = tqdm(total=total, initial=done, desc="training", disable=get_rank() > 0)
@@ -1220,44 +1233,45 @@ def train_with_grpo(model, tokenizer, train_rows, settings, eval_rows=()):
         for step in range(done + 1, total + 1):
             if reference is not None and step > 1 and (step - 1) % settings.num_steps == 0:
                 reference.load_state_dict(model.state_dict())
-            indices = step_indices(step - 1, settings.batch_size, len(train_rows), settings.seed)
-            rows = [train_rows[i] for i in my_share(indices)]
+            indices = step_indices(step - 1, settings.batch_size, n, settings.seed)
+            problems = [train_problems[i] for i in my_share(indices)]
             record, sample = take_step(
-                model, reference, tokenizer, optimizer, rows, step, settings
+                model, reference, tokenizer, optimizer, problems, step, settings
             )
             log.write("metrics", record)
-            if sample:
-                log.write("samples", {"step": step, **sample})
+            log.write("samples", {"step": step, **sample})
             bar.update()
             show_step(record, sample, settings, bar)
             skipped_in_a_row = skipped_in_a_row + 1 if record["skipped_updates"] else 0
             if skipped_in_a_row == MAX_SKIPPED:
                 raise TrainingStopped(
                     f"step {step}: the {MAX_SKIPPED} last steps had numbers that are not finite. "
-                    "The checkpoints hold the last good model; try a smaller --learning-rate"
+                    f"{settings.output_dir}/checkpoints holds the last good model: go on from it "
+                    "in a new folder (--model, --output-dir), with a smaller --learning-rate"
                 )
-            if step == total or (settings.eval_every and step % settings.eval_every == 0):
+            stopping = int(sum_over_processes(torch.tensor(stop.signal)))
+            if due(step) and (step == total or not stopping):  # else after --resume
                 evaluate(step)
-            stopping = int(sum_over_processes(torch.tensor(stop.signal), model.device))
             if step == total or step % settings.save_every == 0 or stopping:
                 if get_rank() == 0:
-                    save_checkpoint(model, optimizer, reference, step, settings)
+                    save_checkpoint(model, tokenizer, optimizer, reference, step, settings)
             if stopping and step < total:
                 say(f"stopped after step {step}, all saved; --resume goes on from here")
-                return stop.signal or signal.SIGTERM  # or another rank was asked to stop
+                return stop.signal or signal.SIGTERM  # 0 here if only another rank got one
     return 0
 
 
 # ==================================================================================================
 # 11. Step rewards: process supervision
 #
-# Only for --supervision process. An outcome reward blames or praises every token alike. Process
-# supervision (arXiv 2402.03300, section 4.1.3) rewards each step of the reasoning. There it took a
-# trained reward model; here a step is a line with an equation, and arithmetic can be checked:
+# An outcome reward blames or praises every token alike. Process supervision (arXiv 2402.03300,
+# section 4.1.3; here --supervision process) rewards each step of the reasoning. In the paper that
+# took a trained reward model; here a step is a line with an equation, and arithmetic can be
+# checked:
 #
-#     Natalia sold 48/2 = 24 clips in May.      24 = 48/2         1.0
-#     In all she sold 48+24 = 73 clips.         73 ≠ 48 + 24      0.0
-#     <answer>73</answer>                       the last step     0.0
+#     Natalia sold 48/2 = 24 clips in May.      24 = 48/2                     1.0
+#     In all she sold 48+24 = 73 clips.         73 ≠ 48 + 24                  0.0
+#     <answer>73</answer>                       the last step; right is 72    0.0
 #
 # Only what is certainly an equation is judged. In "24 cups * 1/12 = 2" the words cut the left side,
 # and "1/12 = 2" would be wrong: such a line is left alone, for a wrong verdict teaches the wrong
@@ -1266,13 +1280,23 @@ def train_with_grpo(model, tokenizer, train_rows, settings, eval_rows=()):
 # How: text → tokens → for each "=", the longest run of arithmetic that touches it on either side.
 
 TOKEN = re.compile(
-    rf"(?P<number>{NUMBER})|(?P<bullet>^\s*[-*•]\s|\*\*)|(?P<over>//|÷|\\div\b)"
-    r"|(?P<symbol>[-+*/()%=])|(?P<space>\s+|[$£€])"
-    r"|(?P<times>[×·]|\\times\b|\\cdot\b|(?<![A-Za-z])[xX](?=\s*[$£€]?\(?\.?[0-9]))"
-    r"|(?P<minus>[\u2212–])|(?P<approx>≈|\\approx\b)|(?P<word>[<>!]=|==|[^\W\d]\w*|\\.|.)"
+    rf"""
+    (?P<number> {NUMBER})
+    | (?P<bullet> ^\s*[-*•]\s | \*\*)  # or bold: no operators
+    | (?P<over> // | ÷ | \\div\b)
+    | (?P<symbol> [-+*/()%=])
+    | (?P<space> \s+ | [$£€])
+    | (?P<times> [×·] | \\times\b | \\cdot\b | (?<![A-Za-z])[xX](?=\s*[$£€]?\(?\.?[0-9]))
+    | (?P<minus> [\u2212–])
+    | (?P<approx> ≈ | \\approx\b)
+    | (?P<word> [<>!]= | == | [^\W\d]\w* | \\. | .)
+    """,
+    re.VERBOSE,
 )
 ANNOTATION = re.compile(r"<<([^<>]*)>>")  # GSM8K's calculator: 48/2 = <<48/2=24>>24
-OPERATIONS = {"+": add, "-": sub, "sign+": add, "sign-": sub, "*": mul, "/": truediv}
+OPERATIONS = {
+    ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.UAdd: pos, ast.USub: neg,
+}
 SAME = {"times": "*", "over": "/", "minus": "-", "approx": "="}
 
 
@@ -1295,45 +1319,25 @@ def tokenize_arithmetic(text):
 def evaluate_arithmetic(tokens):
     """The value of [number, '+', '(', …] → Fraction, or None if it is no expression.
 
-    The shunting-yard algorithm (Dijkstra 1961): two stacks, so no nesting is too deep for it.
-    Needs: fractions.Fraction, operator's add, mul, sub, truediv, OPERATIONS.
+    Python's own parser finds the structure, with x for every number and ** x for a percent sign;
+    nothing is executed. Needs: ast, OPERATIONS.
     """
-    rank = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "sign+": 3, "sign-": 3}
-    values, waiting, value_next = [], [], True
+    numbers = iter([token[0] for token in tokens if isinstance(token, tuple)])
 
-    def apply():
-        right, left = values.pop(), values.pop()
-        values.append(OPERATIONS[waiting.pop()](left, right))
+    def value(node):
+        if isinstance(node, ast.Name):
+            return next(numbers)
+        if isinstance(node, ast.UnaryOp):
+            return OPERATIONS[type(node.op)](value(node.operand))
+        if isinstance(node.op, ast.Pow) and isinstance(node.right, ast.Name):
+            return value(node.left) / 100
+        return OPERATIONS[type(node.op)](value(node.left), value(node.right))
 
+    words = ["x" if isinstance(t, tuple) else "** x" if t == "%" else t for t in tokens]
     try:
-        for token in tokens:
-            is_number = isinstance(token, tuple)
-            if (is_number or token == "(") != value_next and token not in ("+", "-"):
-                return None
-            if is_number:
-                values.append(token[0])
-                value_next = False
-            elif token == "(":
-                waiting.append(token)
-            elif token == ")":
-                while waiting[-1] != "(":
-                    apply()
-                waiting.pop()
-            elif token == "%":
-                values[-1] /= 100
-            elif value_next:  # a sign: −x is 0 − x, before anything else
-                values.append(Fraction(0))
-                waiting.append("sign" + token)
-            else:
-                while waiting and rank[waiting[-1]] >= rank[token]:
-                    apply()
-                waiting.append(token)
-                value_next = True
-        while waiting:
-            apply()
-    except (IndexError, KeyError, ZeroDivisionError):  # unbalanced, "(" never closed, x / 0
+        return value(ast.parse(" ".join(words), mode="eval").body)
+    except (SyntaxError, AttributeError, KeyError, ZeroDivisionError, RecursionError, MemoryError):
         return None
-    return None if value_next else values[0]
 
 
 def judge_equation(left, right):
@@ -1441,8 +1445,11 @@ def locate_steps(steps, completion_ids, tokenizer):
 # and the gradients are summed, so that together they do what one process would do with all prompts
 # (and the same completions; what is sampled depends on the rank).
 #
-# (!8) Weights are float32, computed with in bfloat16 (autocast). Weights kept in bfloat16 hardly
-# learn: near 0.02 bfloat16's values are 1.2e-4 apart, and AdamW's steps of 2e-6 are rounded away.
+# Weights are float32, computed with in bfloat16 (autocast). Weights kept in bfloat16 hardly learn:
+# near 0.02 bfloat16's values are 1.2e-4 apart, and AdamW's steps of 2e-6 are rounded away.
+#
+# Gradients are summed by hand, not by DistributedDataParallel, because processes have different
+# numbers of micro-batches, or none.
 
 
 def get_rank():
@@ -1470,12 +1477,11 @@ def gather_lists(items):
     return [item for part in parts for item in part]
 
 
-def sum_over_processes(tensor, device):
-    """The sum over all processes, on the CPU."""
+def sum_over_processes(tensor):
+    """The sum of a CPU tensor over all processes."""
     if get_world_size() > 1:
-        tensor = tensor.to(device)
         dist.all_reduce(tensor)
-    return tensor.cpu()
+    return tensor
 
 
 def autocast(device):
@@ -1505,6 +1511,7 @@ def load_tokenizer(name):
 def load_policy(name, device, gradient_checkpointing=False):
     """The model to train, weights in float32. ValueError if it cannot be loaded or trained here."""
     try:
+        # (!8) float32, whatever the checkpoint's own precision is
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"--model {name} can't be loaded: {str(error).strip()}") from None
@@ -1563,8 +1570,10 @@ def peak_memory_bytes(device):
 # ==================================================================================================
 # 13. Checkpoints, signals, logs
 #
-# What makes it safe to interrupt a run of hours: a checkpoint appears whole or not at all, a signal
-# waits until the step is done, and a resumed run continues its logs where the checkpoint was made.
+# What makes it safe to interrupt a run of hours: a checkpoint appears whole or, if the process is
+# killed, not at all; a signal waits until the step is done; and a resumed run continues its logs
+# where the checkpoint was made. (torchrun kills its processes 30 seconds after it is told to stop.
+# With several, send SIGTERM to one of them and not to torchrun: the others stop with it.)
 
 
 class TrainingStopped(RuntimeError):
@@ -1574,17 +1583,16 @@ class TrainingStopped(RuntimeError):
 def write_atomically(folder, fill):
     """Make `folder` appear complete or not at all: fill(temporary folder), then rename.
 
-    Raises TrainingStopped if it can't be written, a full disk say; what was there before stays.
+    Raises TrainingStopped if it can't be written, a full disk say; what was there before stays
+    until the new one is whole.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
+    temporary = folder.with_name("incomplete.tmp")  # one name: what a killed run left is cleared
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         fill(temporary)
-        if folder.exists():
-            folder.rename(folder.with_name(folder.name + ".old"))
+        shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
-        shutil.rmtree(folder.with_name(folder.name + ".old"), ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         # Said here, because the libraries' own words for a full disk can be obscure.
         free = shutil.disk_usage(folder.parent).free / 1e9
@@ -1592,7 +1600,7 @@ def write_atomically(folder, fill):
         raise TrainingStopped(f"can't write {folder}, {free:.1f} GB free there: {error}") from error
 
 
-def save_checkpoint(model, optimizer, reference, step, settings):
+def save_checkpoint(model, tokenizer, optimizer, reference, step, settings):
     """All that --resume needs, under checkpoints/; the last two are kept. Rank 0 only.
 
     There is no random state and no data position to save: both follow from seed and step (a model
@@ -1601,7 +1609,8 @@ def save_checkpoint(model, optimizer, reference, step, settings):
     """
 
     def fill(folder):
-        save_safetensors(model, str(folder / "model.safetensors"))
+        model.save_pretrained(folder)  # so that --model takes a checkpoint, too
+        tokenizer.save_pretrained(folder)
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
         if reference is not None and step > settings.num_steps:
             save_safetensors(reference, str(folder / "reference.safetensors"))
@@ -1647,12 +1656,19 @@ def load_checkpoint(folder, model, optimizer, reference):
         )
         if reference is not None and (folder / "reference.safetensors").exists():
             load_safetensors(reference, str(folder / "reference.safetensors"))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a cut-off file makes the libraries raise
-        raise TrainingStopped(f"{folder} is damaged; delete it to use the one before: {error}")
+        raise TrainingStopped(
+            f"{folder} can't be loaded ({error}). If it is damaged, delete it to use the one before"
+        ) from error
 
 
 class StopRequest:
-    """SIGINT and SIGTERM become a flag, looked at after each step; a second one ends at once."""
+    """SIGINT and SIGTERM become a flag, looked at after each step; a second SIGINT ends at once.
+
+    A second SIGTERM does not: torchrun passes on what a batch system has sent to all processes.
+    """
 
     def __enter__(self):
         self.signal = 0
@@ -1661,7 +1677,7 @@ class StopRequest:
 
     def note(self, number, frame):
         """What Python calls when the signal comes."""
-        if self.signal:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
 
@@ -1687,11 +1703,12 @@ class Log:
         self.folder, self.writes = Path(folder), get_rank() == 0
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.glob("*.jsonl"):
-                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            for name in ("metrics", "samples", "eval"):  # whatever else lies here is not ours
+                path, temporary = self.folder / f"{name}.jsonl", self.folder / f"{name}.tmp"
+                lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
                 whole = [line for line in lines if line.endswith("\n")]  # the last may be cut off
-                kept = [line for line in whole if done and json.loads(line)["step"] <= done]
-                temporary = path.with_suffix(".tmp")
+                last = done - (name == "eval")  # the evaluation after step `done` is made again
+                kept = [line for line in whole if done and json.loads(line)["step"] <= last]
                 temporary.write_text("".join(kept), encoding="utf-8")
                 temporary.replace(path)
 
@@ -1727,28 +1744,21 @@ def draw_curves(folder):
     steps = [r for r in load_json_lines(Path(folder) / "metrics.jsonl") if "reward_mean" in r]
     path = Path(folder) / "eval.jsonl"
     evaluations = load_json_lines(path) if path.exists() else []
-    blue, orange, green = "#0072B2", "#D55E00", "#009E73"  # distinct for every colour vision
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 3.2))
-    x = [record["step"] for record in steps]
-    left.plot(x, [record["reward_mean"] for record in steps], color=blue, label="reward")
-    for name, colour, style in (("correctness", orange, "--"), ("format", green, ":")):
-        left.plot(x, [record[name] for record in steps], style, color=colour, label=name)
-    left.set(xlabel="step", ylabel="mean over the samples", title="Reward while training", ylim=0)
-    left.legend()
-    middle.plot(x, [record["completion_length"] for record in steps], color=blue)
-    middle.set(xlabel="step", ylabel="tokens", title="Completion length, mean", ylim=0)
-    if evaluations:
-        x = [record["step"] for record in evaluations]
-        strict = [100 * record["strict"] for record in evaluations]
-        spread = [
-            [100 * (record["strict"] - record["strict_low"]) for record in evaluations],
-            [100 * (record["strict_high"] - record["strict"]) for record in evaluations],
-        ]
-        right.errorbar(x, strict, spread, color=blue, marker="o", capsize=3, label="strict, 95 %")
-        lenient = [100 * record["lenient"] for record in evaluations]
-        right.plot(x, lenient, "--", color=orange, marker="s", markersize=4, label="lenient")
-        right.legend(loc="lower right")
-    right.set(xlabel="step", ylabel="right, %", title="Held-out problems, greedy", ylim=(-2, 102))
+    colours = ("#0072B2", "#D55E00", "#009E73")  # distinct for every colour vision
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.2))
+    for axis, title, records, names in (
+        (axes[0], "Reward while training", steps, ("reward_mean", "correctness", "format")),
+        (axes[1], "Tokens of a completion, mean", steps, ("completion_length",)),
+        (axes[2], "Held-out problems right, share", evaluations, ("strict", "lenient")),
+    ):
+        x = [record["step"] for record in records]
+        for name, colour, style in zip(names, colours, ("-", "--", ":")):
+            axis.plot(x, [r[name] for r in records], style, color=colour, label=name)
+        if records is evaluations:
+            band = ([r[name] for r in records] for name in ("strict_low", "strict_high"))
+            axis.fill_between(x, *band, color=colours[0], alpha=0.2, lw=0, label="strict, 95 %")
+        axis.set(xlabel="step", title=title, ylim=(0, 1.1 * axis.get_ylim()[1]))
+        axis.legend(loc="lower right")
     figure.savefig(Path(folder) / "curves.png")
     plt.close(figure)
 
@@ -1791,27 +1801,27 @@ def solve(numbers, operations):
     """[3, 4, 2], '+*' → the steps ['3 + 4 = 7', '7 * 2 = 14'] and every value on the way"""
     steps, values = [], [numbers[0]]
     for operation, number in zip(operations, numbers[1:]):
-        values.append(OPERATIONS[operation](values[-1], number))
+        values.append({"+": add, "-": sub, "*": mul}[operation](values[-1], number))
         steps.append(f"{values[-2]} {operation} {number} = {values[-1]}")
     return steps, values
 
 
-def make_row(question, steps):
+def make_problem(question, steps):
     """A row in GSM8K's format."""
     return {"question": question, "answer": "\n".join(steps) + "\n#### " + steps[-1].split()[-1]}
 
 
 def make_problems(seed, num_train=4000, held_out=0.2, drills=0.3):
-    """Word problems with numbers from 1 to 5 → (training rows, held-out rows)
+    """Word problems with numbers from 1 to 5 → (training ones, held-out ones)
 
-    Each template's combinations of numbers are split between the two. Three training rows in ten
+    Each template's combinations of numbers are split between the two. Three training ones in ten
     are drills, "What is 7 * 2?", for every single step that a problem may need.
     """
     rng = random.Random(f"problems {seed}")
 
     def word_problem(text, operations, numbers):
         words = {"n": rng.choice(NAMES), "t": rng.choice(THINGS)} | dict(zip("abc", numbers))
-        return make_row(text.format(**words), solve(numbers, operations)[0])
+        return make_problem(text.format(**words), solve(numbers, operations)[0])
 
     shown, held_out_problems, facts = [], [], set()
     for text, operations in TEMPLATES:
@@ -1830,37 +1840,37 @@ def make_problems(seed, num_train=4000, held_out=0.2, drills=0.3):
     for _ in range(num_train):
         if rng.random() < drills:
             fact = rng.choice(facts)
-            train.append(make_row(f"What is {fact.partition(' =')[0]}?", [fact]))
+            train.append(make_problem(f"What is {fact.partition(' =')[0]}?", [fact]))
         else:
             # every template equally often
             train.append(word_problem(*rng.choice(rng.choice(shown))))
     return train, [word_problem(*problem) for problem in held_out_problems for _ in range(2)]
 
 
-def demonstrate(row, keep_steps=None, tags=True):
-    """The completion that a row's worked answer makes, of all its steps or the first keep_steps."""
-    steps = row["answer"].partition("\n####")[0].split("\n")[:keep_steps]
+def demonstrate(problem, keep_steps=None, tags=True):
+    """A problem's worked answer as a completion, of all its steps or the first keep_steps."""
+    steps = problem["answer"].partition("\n####")[0].split("\n")[:keep_steps]
     lines = "\n".join(steps)
     reasoning = f"<reasoning>\n{lines}\n</reasoning>\n" if tags else f"{lines}\n"
     return f"{reasoning}<answer>\n{steps[-1].split()[-1]}\n</answer>"
 
 
-def make_tokenizer(rows):
+def make_tokenizer(problems):
     """Qwen2's own kind of tokenizer, byte-level BPE, trained on the problems: a token for a word.
 
     The tags are tokens of their own, and so is the system prompt, which is the same everywhere.
     """
-    texts = [row["question"] for row in rows] + [demonstrate(row) for row in rows]
+    texts = [text for p in problems for text in (p["question"], demonstrate(p))]
     tokenizer = Qwen2Tokenizer(eos_token="<|im_end|>").train_new_from_iterator(
         [*texts, "system\nuser\nassistant\n"], vocab_size=1000,
         new_special_tokens=["<|im_start|>"], show_progress=False,
     )
-    tokenizer.add_tokens(["<reasoning>", "</reasoning>", "<answer>", "</answer>", SYSTEM_PROMPT])
+    tokenizer.add_tokens([*TAGS, SYSTEM_PROMPT])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
-def fine_tune(model, tokenizer, rows, num_steps, seed, batch_size=32, learning_rate=2e-3):
+def fine_tune(model, tokenizer, problems, num_steps, seed, batch_size=32, learning_rate=2e-3):
     """Supervised fine-tuning on demonstrations with a bad habit: −mean log π of their tokens.
 
     Seven in ten two-step demonstrations stop after one step, one in five leaves out two tags. The
@@ -1870,19 +1880,15 @@ def fine_tune(model, tokenizer, rows, num_steps, seed, batch_size=32, learning_r
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     for step in tqdm(range(num_steps), desc="warming up", leave=False):
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / num_steps)
-        batch = rng.choices(rows, k=batch_size)
-        prompt_ids, prompt_mask = encode_prompts(
-            tokenizer, [build_prompt(row["question"], tokenizer) for row in batch]
-        )  # [row prompt_pos]
+        batch = rng.choices(problems, k=batch_size)
+        prompts = [build_prompt(problem["question"], tokenizer) for problem in batch]
+        prompt_ids, prompt_mask = encode(tokenizer, prompts)  # [row prompt_pos]
         texts = [
-            demonstrate(row, 1 if rng.random() < 0.7 else None, rng.random() < 0.8)
+            demonstrate(problem, 1 if rng.random() < 0.7 else None, rng.random() < 0.8)
             + tokenizer.eos_token
-            for row in batch
+            for problem in batch
         ]
-        encoded = tokenizer(
-            texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt"
-        )
-        ids, mask = encoded["input_ids"], encoded["attention_mask"]  # [row pos]
+        ids, mask = encode(tokenizer, texts, "right")  # [row pos]
         log_probs = compute_log_probs(
             model, torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1), ids.shape[1]
         )  # [row pos]
@@ -1901,8 +1907,8 @@ def make_start(folder, seed, num_steps=1500):
 
     def fill(folder):
         train, held_out = make_problems(seed)
-        for name, rows in (("train.jsonl", train), ("test.jsonl", held_out)):
-            text = "".join(json.dumps(row) + "\n" for row in rows)
+        for name, problems in (("train.jsonl", train), ("test.jsonl", held_out)):
+            text = "".join(json.dumps(problem) + "\n" for problem in problems)
             (folder / name).write_text(text, encoding="utf-8")
         tokenizer = make_tokenizer(train + held_out)
         torch.manual_seed(seed)
@@ -1982,6 +1988,8 @@ def choose_device(name):
 
 def check_output_dir(settings):
     """Make the output folder. Raises ValueError if it holds another run or can't be written."""
+    if get_rank() > 0:  # rank 0 writes, and may be ahead: config.json would be its own
+        return
     folder = Path(settings.output_dir)
     if (folder / "config.json").exists() and not settings.resume:
         raise ValueError(
@@ -1990,7 +1998,7 @@ def check_output_dir(settings):
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f"write-{get_rank()}.tmp"
+        probe = folder / "write.tmp"
         probe.write_text("can this be written?")
         probe.unlink()
     except OSError as error:
@@ -2001,31 +2009,32 @@ def check_output_dir(settings):
 
 
 def load_data(settings, train_file, eval_file):
-    """→ (training rows, evaluation rows). Raises ValueError as load_rows does."""
-    train_rows, eval_rows = [], []
-    if not (settings.eval_only and (eval_file or not train_file)):
-        train_rows = load_rows(train_file, "train")
+    """→ (training problems, evaluation problems). Raises ValueError as load_problems does."""
+    if settings.eval_only and settings.eval_examples == 0:
+        raise ValueError("--eval-only with --eval-examples 0 leaves nothing to do")
+    separate = eval_file or not train_file  # the evaluation has a data set of its own
+    train_problems = [] if settings.eval_only and separate else load_problems(train_file, "train")
     if settings.eval_examples == 0:
-        if settings.eval_only:
-            raise ValueError("--eval-only with --eval-examples 0 leaves nothing to do")
-    elif eval_file or not train_file:
-        eval_rows = load_rows(eval_file, "test")
+        eval_problems = []
+    elif separate:
+        eval_problems = load_problems(eval_file, "test")
     else:
         # A tenth, and no more than GSM8K's own test set has.
-        cut = len(train_rows) - min(max(len(train_rows) // 10, 1), 1319)
-        train_rows, eval_rows = train_rows[:cut], train_rows[cut:]
-        say(f"no --eval-file: the last {len(eval_rows)} rows of {train_file} are held out instead")
-    return train_rows, eval_rows[: settings.eval_examples]
+        cut = len(train_problems) - min(max(len(train_problems) // 10, 1), 1319)
+        train_problems, eval_problems = train_problems[:cut], train_problems[cut:]
+        n = len(eval_problems)
+        say(f"no --eval-file: the last {n} rows of {train_file} are held out instead")
+    return train_problems, eval_problems[: settings.eval_examples]
 
 
-def check_lengths(tokenizer, rows, settings, context):
+def check_lengths(tokenizer, problems, settings, context):
     """→ tokens of the longest prompt and its completion. ValueError if the context has fewer."""
-    prompts = [build_prompt(row["question"], tokenizer) for row in rows]
+    prompts = [build_prompt(problem["question"], tokenizer) for problem in problems]
     lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
-    longest = max(range(len(rows)), key=lengths.__getitem__)
+    longest = max(range(len(problems)), key=lengths.__getitem__)
     if context is not None and lengths[longest] + settings.max_completion_length > context:
         raise ValueError(
-            f"a prompt of {lengths[longest]} tokens ({rows[longest]['question'][:40]!r} …) and "
+            f"a prompt of {lengths[longest]} tokens ({problems[longest]['question'][:40]!r} …) and "
             f"--max-completion-length {settings.max_completion_length} exceed the model's context "
             f"of {context} tokens"
         )
@@ -2039,18 +2048,19 @@ def prepare(settings, device):
     if not settings.eval_only:
         check_output_dir(settings)
     if settings.rehearsal:
-        own_model = name == Settings.model
-        if own_model and (train_file or eval_file):
+        makes_model = name == Settings.model  # no --model was given
+        if makes_model and (train_file or eval_file):
             raise ValueError("--rehearsal's model knows its own problems only; add --model")
-        if own_model or not train_file:
-            start = make_start(Path(settings.output_dir) / "start", settings.seed)
-            name = start[0] if own_model else name
-            train_file, eval_file = (train_file, eval_file) if train_file else start[1:]
-    train_rows, eval_rows = load_data(settings, train_file, eval_file)
+        if makes_model or not train_file:
+            made = make_start(Path(settings.output_dir) / "start", settings.seed)
+            name = made[0] if makes_model else name
+            if not train_file:
+                train_file, eval_file = made[1], eval_file or made[2]
+    train_problems, eval_problems = load_data(settings, train_file, eval_file)
     if not settings.eval_only:
-        check_batch_size(settings, train_rows)
+        check_batch_size(settings, train_problems)
     tokenizer, context = load_tokenizer(name)
-    row_tokens = check_lengths(tokenizer, train_rows + eval_rows, settings, context)
+    row_tokens = check_lengths(tokenizer, train_problems + eval_problems, settings, context)
     model = load_policy(name, device, settings.gradient_checkpointing)
     if device.type == "cuda" and not settings.eval_only:
         parameters = sum(p.numel() for p in model.parameters())
@@ -2059,14 +2069,14 @@ def prepare(settings, device):
         say(f"estimated memory: {needed / 1e9:.0f} of {card / 1e9:.0f} GB")
         if needed > card:
             say("that is too much: --gradient-checkpointing, --micro-batch-size 1, --beta 0 help")
-    return model, tokenizer, train_rows, eval_rows
+    return model, tokenizer, train_problems, eval_problems
 
 
-def run(settings, model, tokenizer, train_rows, eval_rows):
+def run(settings, model, tokenizer, train_problems, eval_problems):
     """Train and save, or only evaluate. → exit status"""
     if settings.eval_only:
         result = evaluate_model(
-            model, tokenizer, eval_rows, settings.max_completion_length,
+            model, tokenizer, eval_problems, settings.max_completion_length,
             settings.batch_size * settings.num_generations,
         )
         say(describe_evaluation(result))
@@ -2074,14 +2084,15 @@ def run(settings, model, tokenizer, train_rows, eval_rows):
     out = Path(settings.output_dir)
     size = sum(p.numel() for p in model.parameters())
     say(
-        f"{size:,} parameters on {model.device}, {get_world_size()} process(es); {len(train_rows)} "
-        f"training and {len(eval_rows)} held-out problems; a step samples {settings.batch_size} × "
-        f"{settings.num_generations} completions of at most {settings.max_completion_length} tokens"
+        f"{size:,} parameters on {model.device}, {get_world_size()} process(es); "
+        f"{len(train_problems)} training and {len(eval_problems)} held-out problems; a step "
+        f"samples {settings.batch_size} × {settings.num_generations} completions of at most "
+        f"{settings.max_completion_length} tokens"
     )
     if get_rank() == 0:
         config = {"settings": asdict(settings), "parameters": size, **versions()}
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    stopped = train_with_grpo(model, tokenizer, train_rows, settings, eval_rows)
+    stopped = train_with_grpo(model, tokenizer, train_problems, settings, eval_problems)
     if stopped:
         return 128 + stopped
     if get_rank() == 0:
@@ -2094,11 +2105,11 @@ def run(settings, model, tokenizer, train_rows, eval_rows):
             draw_curves(out)
         else:
             say("matplotlib is not installed, so no curves.png: pip install matplotlib")
-        evaluations = load_json_lines(out / "eval.jsonl") if eval_rows else []
+        evaluations = load_json_lines(out / "eval.jsonl") if eval_problems else []
         for which, record in (("before", evaluations[:1]), ("after", evaluations[-1:])):
             for result in record:
                 say(f"{which:6} {describe_evaluation(result)}")
-        say(f"in {out}: final/ (model and tokenizer), metrics, eval and samples.jsonl, curves.png")
+        say(f"{out} holds final/ (model and tokenizer), metrics, evaluations, samples, curves")
     return 0
 
 
@@ -2106,7 +2117,7 @@ def main(argv=None):
     """Run the command line. → exit status"""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.rehearsal:
+    if args.rehearsal:  # its settings become the defaults, which flags still override
         parser.set_defaults(**REHEARSAL)
         args = parser.parse_args(argv)
     settings = Settings(**vars(args))
@@ -2117,14 +2128,16 @@ def main(argv=None):
             if "LOCAL_RANK" in os.environ:  # started by torchrun
                 if device.type == "cuda":
                     torch.cuda.set_device(device)
-                dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+                # gloo for counts and flags, so that nobody waits for a checkpoint inside NCCL
+                dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
             if settings.rehearsal:
                 say(f"{EXAMPLE}\n")
             job = prepare(settings, device)
         except ValueError as error:
             parser.error(str(error))
         status = run(settings, *job)
-    except (TrainingStopped, OSError) as error:  # OSError: a line of metrics on a full disk, say
+    # OSError: a line of metrics on a full disk, say
+    except (TrainingStopped, FloatingPointError, OSError) as error:
         parser.exit(1, f"grpo_gsm8k.py: {error}\n")
     except KeyboardInterrupt:
         return 130

@@ -1018,10 +1018,10 @@ class Words:
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "no rows"),
-    ("\n\n", "no rows"),
+    ("", "no problems"),
+    ("\n\n", "no problems"),
     ('{"question": "q", "answer": "a\\n#### 1"}\n{"question": ', ":2: not JSON"),
-    ("[1]\n", ":1: a row must be"),
+    ("[1]\n", ":1: a problem must be"),
     ('{"answer": "#### 1"}', ":1: no question"),
     ('{"question": "  ", "answer": "#### 1"}', ":1: no question"),
     ('{"question": "q", "answer": "18"}', ":1: 'answer' must end"),
@@ -1034,22 +1034,22 @@ def test_bad_data_is_refused_with_file_and_line(tmp_path, text, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError) as error:
-        gsm.load_rows(path)
+        gsm.load_problems(path)
     assert str(error.value).startswith(str(path)) and message in str(error.value)
 
 
 def test_files_that_are_missing_or_not_utf8_are_refused(tmp_path):
     with pytest.raises(ValueError, match="No such file"):
-        gsm.load_rows(tmp_path / "nothing.jsonl")
+        gsm.load_problems(tmp_path / "nothing.jsonl")
     (tmp_path / "latin.jsonl").write_bytes('{"question": "é"}'.encode("latin-1"))
     with pytest.raises(ValueError, match="latin.jsonl:1: not JSON in UTF-8"):
-        gsm.load_rows(tmp_path / "latin.jsonl")
+        gsm.load_problems(tmp_path / "latin.jsonl")
 
 
 def test_rows_keep_question_and_final_number(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('\ufeff{"question": "How many?", "answer": "2*3=6\\n#### 1,080"}\n\n')
-    assert gsm.load_rows(path) == [{"question": "How many?", "answer": "1,080"}]
+    assert gsm.load_problems(path) == [{"question": "How many?", "answer": "1,080"}]
 
 
 def test_erratum_8_the_prompt_is_the_tokenizers_own_template(tokenizer):
@@ -1068,7 +1068,7 @@ def test_erratum_8_the_prompt_is_the_tokenizers_own_template(tokenizer):
 
 @needs_gsm8k
 def test_every_row_of_gsm8k_loads_and_every_gold_answer_is_a_number():
-    sizes = [len(gsm.load_rows(f"{GSM8K}/{split}.jsonl")) for split in ("train", "test")]
+    sizes = [len(gsm.load_problems(f"{GSM8K}/{split}.jsonl")) for split in ("train", "test")]
     assert sizes == [7473, 1319]  # load_rows refuses answers that parse_number cannot read
 
 
@@ -1153,7 +1153,7 @@ def test_erratum_8_a_reader_without_commas_cannot_read_gold_answers():
 
 @needs_gsm8k
 def test_erratum_8_93_gold_answers_have_a_comma():
-    rows = [row for split in ("train", "test") for row in gsm.load_rows(f"{GSM8K}/{split}.jsonl")]
+    rows = [row for split in ("train", "test") for row in gsm.load_problems(f"{GSM8K}/{split}.jsonl")]
     assert len(rows) == 8792 and sum("," in row["answer"] for row in rows) == 93
 
 
@@ -1387,7 +1387,7 @@ def test_logits_that_are_not_finite_are_an_error_not_a_crash(tokenizer):
         with pytest.raises(FloatingPointError, match="not finite"):
             gsm.generate_completions(policy, Words(), ["ab"], 2, 3, temperature)
     assert policy.training
-    with pytest.raises(gsm.TrainingStopped, match="not finite"):
+    with pytest.raises(FloatingPointError, match="not finite"):
         gsm.evaluate_model(policy, tokenizer, [{"question": "?", "answer": "1"}], 3)
 
 
@@ -1929,7 +1929,7 @@ def test_a_run_leaves_everything_behind_and_resumes_exactly(policy_folder, tmp_p
     # As if it had been killed after step 5, with half a line written: back to the checkpoint of 4.
     shutil.copytree(whole, broken)
     shutil.rmtree(broken / "checkpoints" / "step-000006")
-    (broken / "checkpoints" / "step-000006.tmp").mkdir()
+    (broken / "checkpoints" / "incomplete.tmp").mkdir()
     lines = (broken / "metrics.jsonl").read_text().split("\n")
     (broken / "metrics.jsonl").write_text("\n".join(lines[:5]) + '\n{"step": 6, "lo')
     samples = (broken / "samples.jsonl").read_text()
@@ -1979,48 +1979,106 @@ def test_signals_finish_the_step_save_and_leave(policy_folder, tmp_path, monkeyp
     assert not (tmp_path / "run" / "final").exists()
 
 
+def break_updates_after(monkeypatch, good):
+    """The loss is not a number any more after so many micro-batches."""
+    loss, calls = gsm.grpo_loss, []
+
+    def breaks(*arguments, **options):
+        calls.append(1)
+        value, metrics = loss(*arguments, **options)
+        return value * (math.nan if len(calls) > good else 1), metrics
+
+    monkeypatch.setattr(gsm, "grpo_loss", breaks)
+
+
 def test_a_run_gives_up_when_nothing_is_finite_any_more(policy_folder, tmp_path, monkeypatch, capsys):
+    break_updates_after(monkeypatch, 0)
+    with pytest.raises(SystemExit) as error:
+        gsm.main(flags(policy_folder, tmp_path / "run", "--eval-examples", "0", "--beta", "0.1"))
+    assert error.value.code == 1 and "step 3: the 3 last steps had numbers" in capsys.readouterr().err
+    assert [line["skipped_updates"] for line in steady(tmp_path / "run")] == [1, 1, 1]
+    assert all(line["loss"] is None for line in steady(tmp_path / "run"))
+
+
+def test_logits_that_are_not_finite_end_the_run_with_one_line(policy_folder, tmp_path, monkeypatch, capsys):
     def broken(*arguments, **options):
         raise FloatingPointError("the model's logits are not finite")
 
     monkeypatch.setattr(gsm, "generate_completions", broken)
     with pytest.raises(SystemExit) as error:
-        gsm.main(flags(policy_folder, tmp_path / "run", "--eval-examples", "0"))
-    assert error.value.code == 1 and "step 3: the 3 last steps had numbers" in capsys.readouterr().err
-    assert [line["skipped_updates"] for line in steady(tmp_path / "run")] == [1, 1, 1]
+        gsm.main(flags(policy_folder, tmp_path / "run"))
+    assert error.value.code == 1
+    assert capsys.readouterr().err.strip().split("\n")[-1] == "grpo_gsm8k.py: the model's logits are not finite"
 
 
 def test_the_saved_model_is_the_last_good_one(policy_folder, tmp_path, monkeypatch, capsys):
-    """Logits go bad after step 2: two steps are left out and still saved, the third ends the run."""
-    generate, calls = gsm.generate_completions, []
-
-    def breaks(*arguments, **options):
-        calls.append(1)
-        if len(calls) > 2:
-            raise FloatingPointError("the model's logits are not finite")
-        return generate(*arguments, **options)
-
-    options = ("--num-steps", "9", "--save-every", "1", "--eval-examples", "0", "--learning-rate", "0.01", "--reward", "format")
+    """Updates go bad after step 2: two steps are left out and still saved, the third ends the run."""
+    options = ("--num-steps", "9", "--save-every", "1", "--eval-examples", "0", "--learning-rate", "0.01", "--beta", "0.1", "--micro-batch-size", "12")
     good = flags(policy_folder, tmp_path / "good", *options)
     good[good.index("9")] = "2"
     assert gsm.main(good) == 0
-    monkeypatch.setattr(gsm, "generate_completions", breaks)
+    break_updates_after(monkeypatch, 2)
     with pytest.raises(SystemExit) as error:
         gsm.main(flags(policy_folder, tmp_path / "bad", *options))
     assert error.value.code == 1 and "step 5: the 3 last steps" in capsys.readouterr().err
-    saved, last_good = (
-        gsm.load_policy(policy_folder / "model", "cpu") for _ in range(2)
+    # A checkpoint is a model for --model, as the message says.
+    saved, last_good, start = (
+        gsm.load_policy(folder, "cpu") for folder in (
+            tmp_path / "bad" / "checkpoints" / "step-000004", tmp_path / "good" / "checkpoints" / "step-000002",
+            policy_folder / "model",
+        )
     )
-    gsm.load_safetensors(saved, str(tmp_path / "bad" / "checkpoints" / "step-000004" / "model.safetensors"))
-    gsm.load_safetensors(last_good, str(tmp_path / "good" / "checkpoints" / "step-000002" / "model.safetensors"))
+    assert gsm.load_tokenizer(tmp_path / "bad" / "checkpoints" / "step-000004")[0].chat_template
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), last_good.parameters()))
+    assert not all(torch.equal(a, b) for a, b in zip(saved.parameters(), start.parameters()))
+
+
+def test_files_that_are_not_ours_survive_in_the_output_folder(policy_folder, tmp_path):
+    """--output-dir may be the folder that the training data lies in."""
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(policy_folder / "train.jsonl", out / "train.jsonl")
+    arguments = flags(policy_folder, out, "--num-steps", "2")
+    arguments[arguments.index("--train-file") + 1] = str(out / "train.jsonl")
+    assert gsm.main(arguments) == 0
+    assert gsm.main([*arguments, "--resume"]) == 0
+    assert (out / "train.jsonl").read_bytes() == (policy_folder / "train.jsonl").read_bytes()
+
+
+def test_a_late_process_does_not_take_the_runs_own_config_for_another_run(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="already holds a run"):
+        gsm.check_output_dir(gsm.Settings(output_dir=str(tmp_path)))
+    monkeypatch.setattr(gsm, "get_rank", lambda: 1)
+    gsm.check_output_dir(gsm.Settings(output_dir=str(tmp_path)))
+
+
+def test_a_second_sigterm_still_saves_and_a_second_sigint_does_not():
+    """torchrun passes on to its processes what a batch system has already sent to all of them."""
+    with gsm.StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+def test_out_of_memory_does_not_say_that_a_checkpoint_is_damaged(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gsm, "load_safetensors", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        gsm.load_checkpoint(tmp_path, None, None, None)
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(policy_folder, tmp_path, monkeypatch, capsys):
-    save = torch.save
+    save, calls = torch.save, []
 
     def full(state, path):
-        if "step-000004" in str(path):
+        calls.append(path)
+        if len(calls) == 2:
             raise OSError(28, "No space left on device")
         save(state, path)
 
@@ -2085,7 +2143,7 @@ def test_evaluation_counts_strict_and_lenient(policy_folder, monkeypatch):
     assert result["mean_length"] == sum(len(tokenizer(t)["input_ids"]) for t in texts) / 5
     # Wilson's interval for 2 of 5, as statsmodels and the textbook's example have it
     assert (result["strict_low"], result["strict_high"]) == pytest.approx((0.1176, 0.7693), abs=1e-4)
-    with pytest.raises(ValueError, match="at least one row"):
+    with pytest.raises(ValueError, match="at least one problem"):
         gsm.evaluate_model(model, tokenizer, [])
 
 
@@ -2156,7 +2214,7 @@ def test_torchrun_trains_evaluates_and_saves_once(policy_folder, tmp_path):
     assert [line["step"] for line in evaluations] == [0, 2] and evaluations[0]["examples"] == 5
     alone = gsm.evaluate_model(
         gsm.load_policy(policy_folder / "model", "cpu"), gsm.load_tokenizer(policy_folder / "model")[0],
-        gsm.load_rows(policy_folder / "test.jsonl")[:5], 16,
+        gsm.load_problems(policy_folder / "test.jsonl")[:5], 16,
     )
     assert {k: v for k, v in evaluations[0].items() if k != "step"} == alone
     assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2
@@ -2191,7 +2249,7 @@ def test_held_out_problems_use_numbers_that_their_template_never_shows():
 def test_the_rehearsals_rows_are_right_and_in_the_format_of_gsm8k(problems):
     for rows in problems:
         for i, row in enumerate(rows):
-            assert gsm.check_row(row, i)["answer"] == row["answer"].split("#### ")[1]
+            assert gsm.check_problem(row, i)["answer"] == row["answer"].split("#### ")[1]
             demonstration = gsm.demonstrate(row)
             steps = gsm.step_rewards(demonstration, row["answer"].split("#### ")[1])
             assert [r for _, r in steps] == [1.0] * (row["answer"].count("=") + 1)
@@ -2215,7 +2273,7 @@ def test_the_rehearsals_tokenizer_survives_saving_and_reads_everything(policy_fo
 
 def test_the_start_is_made_once_and_whole(tmp_path, capsys):
     model, train, held_out = gsm.make_start(tmp_path / "start", seed=0, num_steps=2)
-    assert len(gsm.load_rows(train)) == 4000 and len(gsm.load_rows(held_out)) == 222
+    assert len(gsm.load_problems(train)) == 4000 and len(gsm.load_problems(held_out)) == 222
     weights = (model / "model.safetensors").read_bytes()
     gsm.make_start(tmp_path / "start", seed=0, num_steps=2)
     assert (model / "model.safetensors").read_bytes() == weights
@@ -2261,7 +2319,7 @@ def test_the_study_compares_all_variants_and_writes_its_table(policy_folder, tmp
     ("--eval-only --eval-examples 0 --device cpu", "leaves nothing to do"),
     ("--device cpu --model {data}/model --train-file {data}/train.jsonl --output-dir {tmp}/e", "exceed the model's context of 256 tokens"),
     ("--unknown", "unrecognized arguments: --unknown"),
-    ("--device cpu --train-file {tmp}/empty.jsonl --output-dir {tmp}/f", "empty.jsonl: no rows"),
+    ("--device cpu --train-file {tmp}/empty.jsonl --output-dir {tmp}/f", "empty.jsonl: no problems"),
     ("--device cpu --train-file {tmp}/broken.jsonl --output-dir {tmp}/g", "broken.jsonl:2: not JSON"),
     ("--device cpu --train-file {tmp}/broken.jsonl --output-dir /proc/no/way", "can't be written"),
     ("--device cpu --model {tmp}/bare --train-file {data}/train.jsonl --output-dir {tmp}/h", "no chat template"),
@@ -2305,7 +2363,7 @@ def test_without_an_eval_file_a_tenth_is_held_out(policy_folder, tmp_path):
     settings = gsm.Settings(eval_examples=None)
     train, held_out = gsm.load_data(settings, policy_folder / "train.jsonl", None)
     assert (len(train), len(held_out)) == (54, 6)
-    assert train + held_out == gsm.load_rows(policy_folder / "train.jsonl")
+    assert train + held_out == gsm.load_problems(policy_folder / "train.jsonl")
     assert len(gsm.load_data(gsm.Settings(eval_examples=3), policy_folder / "train.jsonl", policy_folder / "test.jsonl")[1]) == 3
 
 
@@ -2442,7 +2500,7 @@ def lift(name):
             wanted += re.findall(r"\w+", needs)
     order = {key: defined[key].lineno for key in parts}
     decorators = "".join(dict.fromkeys(parts[key] + "\n\n" for key in sorted(parts, key=order.get)))
-    imports = "import itertools, math, re, torch\nfrom fractions import Fraction\nfrom operator import add, mul, sub, truediv\n"
+    imports = "import ast, itertools, math, re, torch\nfrom fractions import Fraction\nfrom operator import add, mul, neg, pos, sub, truediv\n"
     imports += "from torch.utils.checkpoint import checkpoint\n"
     space = {}
     exec(imports + decorators, space)
@@ -2542,9 +2600,11 @@ gsm.combined_reward = dies
 """
     in_save = f"""
 save = gsm.torch.save
+calls = []
 def dies(state, path):
     save(state, path)
-    if "step-000006" in str(path):
+    calls.append(1)
+    if len(calls) == 3:  # steps 4, 5 and 6
         {kill}
 gsm.torch.save = dies
 """
@@ -2553,7 +2613,7 @@ gsm.torch.save = dies
         printed = process.communicate(timeout=120)[0]
         assert process.returncode == -signal.SIGKILL, printed
         assert gsm.find_checkpoint(gsm.Settings(**settings_of(out)))[1] == last
-    assert list((out / "checkpoints").glob("step-000006.tmp/*"))
+    assert list((out / "checkpoints").glob("incomplete.tmp/*"))
     assert gsm.main(flags(policy_folder, out, *options, "--resume")) == 0
     assert steady(out) == steady(tmp_path / "whole")
     for name in ("eval.jsonl", "samples.jsonl"):
@@ -2599,7 +2659,7 @@ def test_a_cut_off_checkpoint_is_refused_with_the_reason(policy_folder, tmp_path
     with pytest.raises(SystemExit) as error:
         gsm.main(flags(policy_folder, tmp_path / "run", "--resume"))
     text = capsys.readouterr().err
-    assert error.value.code == 1 and "step-000004 is damaged; delete it to use the one before" in text
+    assert error.value.code == 1 and "step-000004 can't be loaded" in text and "delete it to use the one before" in text
     shutil.rmtree(path.parent)
     assert gsm.main(flags(policy_folder, tmp_path / "run", "--resume")) == 0
 
@@ -2641,7 +2701,7 @@ def study(folder, results=GSM_RESULTS, seeds=(0, 1, 2), **changes):
         started = time.perf_counter()
         start, train_file, test_file = gsm.make_start(folder / f"start-{seed}", seed)
         start_seconds = time.perf_counter() - started
-        train_rows, test_rows = gsm.load_rows(train_file), gsm.load_rows(test_file)
+        train_rows, test_rows = gsm.load_problems(train_file), gsm.load_problems(test_file)
         for name, variant in VARIANTS.items():
             print(f"\nseed {seed}, {name}", flush=True)
             (tokenizer, _), model = gsm.load_tokenizer(start), gsm.load_policy(start, "cpu")
@@ -2741,7 +2801,7 @@ def noise(texts):
 
 def measure(what, folder, length, steps):
     """Seconds of each step (4 prompts × 8 completions) and the peak memory of this process, in bytes."""
-    rows = gsm.load_rows(f"{GSM8K}/train.jsonl")[: 4 * steps]
+    rows = gsm.load_problems(f"{GSM8K}/train.jsonl")[: 4 * steps]
     tokenizer, _ = gsm.load_tokenizer(folder)
     policy, seconds = gsm.load_policy(folder, "cpu").train(), []
     prompts = [gsm.build_prompt(row["question"], tokenizer) for row in rows]
@@ -2782,7 +2842,7 @@ def measure(what, folder, length, steps):
         step = None
     else:
         policy.eval()
-        ids, mask = gsm.encode_prompts(tokenizer, prompts[:4])
+        ids, mask = gsm.encode(tokenizer, prompts[:4])
         plain = [row[m == 1].tolist() for row, m in zip(ids, mask) for _ in range(8)]
         config = gsm.transformers.GenerationConfig(**clean)
         step = {
