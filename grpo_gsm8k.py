@@ -948,6 +948,59 @@ def describe_evaluation(result):
 #         rollout: prompts → completions → rewards → advantages      (the policy is π_old)
 #         µ times: log-probabilities now → loss → gradient over all rows → AdamW
 #
+# First all of it on one screen, then the same for runs that take hours: rounds, micro-batches,
+# several processes, the other settings, logs, checkpoints.
+
+
+def step_indices(step, batch_size, num_problems, seed):
+    """The problems of one step: every epoch is a new permutation, and none is left out."""
+    indices = []
+    for k in range(step * batch_size, (step + 1) * batch_size):
+        epoch, position = divmod(k, num_problems)
+        if not indices or position == 0:
+            order = random.Random(f"{seed}, epoch {epoch}").sample(range(num_problems), num_problems)
+        indices.append(order[position])
+    return indices
+
+
+def train_simply(
+    model, tokenizer, problems, num_steps=500, batch_size=8, num_generations=12,
+    max_completion_length=400, mu=1, beta=0.04, learning_rate=2e-6, seed=0,
+):
+    """Sections 1 to 6 in order: train_with_grpo on one device, with nothing around it.
+
+    problems as load_problems gives them; model in float32. For a small model, or a first look.
+    """
+    reference = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    for step in range(num_steps):
+        batch = [problems[i] for i in step_indices(step, batch_size, len(problems), seed)]
+        prompts = [build_prompt(problem["question"], tokenizer) for problem in batch]
+        prompt_ids, prompt_mask, completion_ids, completion_mask = generate_completions(
+            model, tokenizer, prompts, num_generations, max_completion_length, generator=generator
+        )  # [row prompt_pos], [row prompt_pos], [row pos], [row pos]
+        texts, _ = decode_completions(tokenizer, completion_ids, completion_mask)
+        answers = [problem["answer"] for problem in batch for _ in range(num_generations)]
+        rewards = torch.tensor(combined_reward(texts, answers)).view(-1, num_generations)
+        advantages = compute_advantages(rewards).flatten().to(model.device)  # [row]
+        input_ids = torch.cat([prompt_ids, completion_ids], dim=1)  # [row prompt_pos+pos]
+        attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)  # [row prompt_pos+pos]
+        inputs = input_ids, attention_mask, completion_ids.shape[1]
+        with torch.no_grad():
+            old_log_probs = compute_log_probs(model, *inputs)  # [row pos]
+            ref_log_probs = compute_log_probs(reference, *inputs)  # [row pos]
+        for _ in range(mu):
+            log_probs = compute_log_probs(model, *inputs)  # [row pos]
+            loss, _ = grpo_loss(
+                log_probs, old_log_probs, ref_log_probs, advantages, completion_mask, beta=beta
+            )
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 # What metrics.jsonl says, a line a step, and what is normal:
 #
 #     loss                 mean over the µ updates. With loss type grpo, outcome supervision and
@@ -968,7 +1021,6 @@ def describe_evaluation(result):
 #     tokens_per_second    completion tokens sampled, over the time of the whole step
 #     step_seconds, peak_memory_bytes, learning_rate
 
-
 MAX_SKIPPED = 3  # the run gives up after so many steps in a row with numbers that are not finite
 
 
@@ -982,17 +1034,6 @@ class Rollout:
     advantages: torch.Tensor  # [row pos]
     stats: list  # of all processes: a dict for each group
     sample: dict  # the first group of this process, to look at
-
-
-def step_indices(step, batch_size, num_rows, seed):
-    """The rows of one step: every epoch is a new permutation, and no row is left out."""
-    indices = []
-    for k in range(step * batch_size, (step + 1) * batch_size):
-        epoch, position = divmod(k, num_rows)
-        if not indices or position == 0:
-            order = random.Random(f"{seed}, epoch {epoch}").sample(range(num_rows), num_rows)
-        indices.append(order[position])
-    return indices
 
 
 def collect_rollout(model, tokenizer, problems, settings, generator):

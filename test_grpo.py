@@ -1955,6 +1955,28 @@ def test_a_run_leaves_everything_behind_and_resumes_exactly(policy_folder, tmp_p
     assert all(torch.equal(a, b) for a, b in zip(final.parameters(), resumed.parameters()))
 
 
+@pytest.mark.parametrize("mu, beta", [(1, 0.04), (2, 0.3)])
+def test_the_loop_on_one_screen_is_the_loop_of_the_long_run(policy_folder, tmp_path, monkeypatch, mu, beta):
+    """With the same samples; the long one takes micro-batches of five completions."""
+    generate, calls = gsm.generate_completions, []
+
+    def same(*arguments, **options):
+        calls.append(1)
+        return generate(*arguments, **options | {"generator": torch.Generator().manual_seed(len(calls))})
+
+    monkeypatch.setattr(gsm, "generate_completions", same)
+    tokenizer, _ = gsm.load_tokenizer(policy_folder / "model")
+    problems = gsm.load_problems(policy_folder / "train.jsonl")
+    start, simple, long = (gsm.load_policy(policy_folder / "model", "cpu") for _ in range(3))
+    shape = dict(num_steps=3, batch_size=3, num_generations=4, max_completion_length=12, mu=mu, beta=beta, learning_rate=1e-4)
+    gsm.train_simply(simple, tokenizer, problems, **shape)
+    calls.clear()
+    gsm.train_with_grpo(long, tokenizer, problems, gsm.Settings(output_dir=str(tmp_path), micro_batch_size=5, **shape))
+    moved = max((a - b).abs().max().item() for a, b in zip(start.parameters(), simple.parameters()))
+    apart = max((a - b).abs().max().item() for a, b in zip(long.parameters(), simple.parameters()))
+    assert moved > 1e-4 and apart < moved / 100
+
+
 def test_a_reference_is_held_only_with_a_kl_penalty(policy_folder, tmp_path, monkeypatch):
     held = []
     monkeypatch.setattr(gsm, "take_step", lambda model, reference, *a: held.append(reference) or 1 / 0)
@@ -2008,7 +2030,7 @@ def test_logits_that_are_not_finite_end_the_run_with_one_line(policy_folder, tmp
     with pytest.raises(SystemExit) as error:
         gsm.main(flags(policy_folder, tmp_path / "run"))
     assert error.value.code == 1
-    assert capsys.readouterr().err.strip().split("\n")[-1] == "grpo_gsm8k.py: the model's logits are not finite"
+    assert capsys.readouterr().err.endswith("grpo_gsm8k.py: the model's logits are not finite\n")
 
 
 def test_the_saved_model_is_the_last_good_one(policy_folder, tmp_path, monkeypatch, capsys):
@@ -2537,7 +2559,7 @@ def test_the_second_file_knows_what_it_needs_too():
 def test_the_glossary_of_the_readme_names_every_metric():
     for name in (*METRICS[1:], "accuracy", "skipped_updates", *EVALUATION[2:5]):
         assert f"`{name}`" in README, name
-    section = GSM_SOURCE.partition("# 10. The training loop")[2].partition("\n\n")[0]
+    section = GSM_SOURCE.partition("# 10. The training loop")[2].partition("# 11. ")[0]
     for name in METRICS[1:]:
         assert name in section, name
 
