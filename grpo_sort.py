@@ -704,6 +704,26 @@ def estimate_advantages(mode, prompts, responses, rewards, critic=None):
     return (advantages - mean) / (std + 1e-5), returns
 
 
+def draw_batch(prompts, batch_size, num_runs, generator):
+    """Prompts for one epoch, others in each run, drawn with replacement → int[run batch pos]
+
+    prompts int[prompt pos] or int[run prompt pos]
+    """
+    drawn = torch.randint(prompts.shape[-2], (num_runs, batch_size, 1), generator=generator)
+    every = prompts.expand(num_runs, -1, -1)  # [run prompt pos]
+    return every.gather(1, drawn.expand(-1, -1, prompts.shape[-1]))
+
+
+@torch.no_grad()
+def measure_policy(prompts, model, ref_model):
+    """What the records say of the policy on these prompts → {name: float[run]}"""
+    return {
+        "exact_match": compute_exact_match(prompts, model),
+        "entropy": compute_entropy(prompts, model),
+        "kl": compute_exact_kl(prompts, model, ref_model),
+    }
+
+
 def run_policy_gradient(
     num_epochs=100,
     num_steps_per_epoch=10,  # gradient steps on one batch of samples
@@ -763,9 +783,7 @@ def run_policy_gradient(
 
         batch = prompts  # [batch pos] or [run batch pos]
         if batch_size is not None:
-            drawn = torch.randint(prompts.shape[-2], (num_runs, batch_size, 1), generator=generator)
-            every = prompts.expand(num_runs, -1, -1)  # [run batch pos]
-            batch = every.gather(1, drawn.expand(-1, -1, length))  # [run batch pos]
+            batch = draw_batch(prompts, batch_size, num_runs, generator)  # [run batch pos]
 
         # The rollout [run batch trial pos]: constants until the next epoch.
         responses = generate_responses(batch, model, num_responses, generator)
@@ -796,14 +814,11 @@ def run_policy_gradient(
             optimizer.step()
             losses.append(loss.detach())
 
-        with torch.no_grad():
-            measured = {  # each float[run]
-                "loss": torch.stack(losses).mean(dim=0),
-                "mean_reward": rewards.mean(dim=(-2, -1)),
-                "exact_match": compute_exact_match(batch, model),
-                "entropy": compute_entropy(batch, model),
-                "kl": compute_exact_kl(batch, model, ref_model),
-            }
+        measured = {  # each float[run]
+            "loss": torch.stack(losses).mean(dim=0),
+            "mean_reward": rewards.mean(dim=(-2, -1)),
+            **measure_policy(batch, model, ref_model),
+        }
         if not measured["entropy"].isfinite().all():
             raise ValueError(f"epoch {epoch}: the policy is not finite: lower learning_rate")
         for name, values in measured.items():
@@ -1066,8 +1081,7 @@ def train_on_answers(
     for epoch in range(num_epochs):
         remaining = 1 - epoch / num_epochs
         optimizer.param_groups[0]["lr"] = UNSEEN_RECIPE["learning_rate"] * remaining
-        drawn = torch.randint(prompts.shape[1], (num_runs, batch_size, 1), generator=generator)
-        batch = prompts.gather(1, drawn.expand(-1, -1, length))  # [run batch pos]
+        batch = draw_batch(prompts, batch_size, num_runs, generator)  # [run batch pos]
         answers = batch.sort(dim=-1).values.unsqueeze(-2)  # [run batch 1 pos]
         log_probs = compute_log_probs(batch, answers, model)  # [run batch 1 pos]
         climbed = log_probs if objective == "log_likelihood" else log_probs.exp()

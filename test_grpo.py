@@ -26,7 +26,8 @@ from fractions import Fraction
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and the machine may be busy
+if __name__ != "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and the machine may be busy
 
 import pytest
 import torch
@@ -891,10 +892,99 @@ def test_the_readmes_example_of_a_reward_of_ones_own_works(capsys):
 
 
 def test_the_numbered_lines_are_listed_in_the_readme():
-    parts = README.partition("\n## grpo_gsm8k.py\n")
-    for source, text in ((SORT_SOURCE, parts[0]), (GSM_SOURCE, parts[2])):
+    tables = re.findall(r"\| line \| in `(\w+\.py)` \|.*\n\|---.*\n((?:\| \(!.*\n)+)", README)
+    assert [name for name, _ in tables] == ["grpo_sort.py", "grpo_gsm8k.py"]
+    for source, (_, table) in zip((SORT_SOURCE, GSM_SOURCE), tables):
         marked = set(re.findall(r"(?m)(?:#|^) *\(!(\d+)\)(?! to)", source))
-        assert len(marked) > 5 and marked == set(re.findall(r"(?m)^\| \(!(\d+)\)", text))
+        assert len(marked) > 5 and marked == set(re.findall(r"(?m)^\| \(!(\d+)\)", table))
+
+
+def test_the_map_in_the_readme_points_to_every_section():
+    for name, source in (("grpo_sort.py", SORT_SOURCE), ("grpo_gsm8k.py", GSM_SOURCE)):
+        lines = source.split("\n")
+        sections = {int(n): i for i, line in enumerate(lines, 1) for n in re.findall(r"^# (\d+)\. ", line)}
+        links = {int(n): int(line) for n, line in re.findall(rf"\[(\d+) [^\]]+\]\({name}#L(\d+)\)", README)}
+        assert sections == links and sorted(sections) == list(range(1, len(sections) + 1))
+        listed = re.findall(r"(?:^|  )(\d+) [a-zK-P]", source.partition('"""')[2].partition('"""')[0], re.M)
+        assert {int(n) for n in listed} == set(sections)  # the header's own map
+
+
+def errata():
+    return README.partition("\n## Errata\n")[2].partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("expression, value", re.findall(r"`([^`]+)` → `([^`]+)`", errata()))
+def test_what_the_errata_table_shows_is_so(expression, value):
+    assert eval(expression, {"torch": torch, "gs": gs, "gsm": gsm}) == ast.literal_eval(value)
+
+
+def test_the_errata_table_shows_every_row():
+    rows = [line for line in errata().split("\n") if line.startswith("| ") and " claim " not in line]
+    assert [n for row in rows for n in re.findall(r"^\| (\d+) \|", row)] == list("12345678")
+    names = set(re.findall(r"(?m)^def (test_\w+)", Path(__file__).read_text(encoding="utf-8")))
+    for n in range(1, 9):
+        assert any(name.startswith(f"test_erratum_{n}_") for name in names)
+    for part in re.findall(r"pytest test_grpo.py -k (\w+)", README):
+        assert any(part in name for name in names), part
+
+
+def test_every_command_of_the_readme_is_understood(monkeypatch):
+    """Those that take minutes, a GPU or the hub get as far as the work itself, which is left out;
+    .ci/run runs the first three in full, other tests the quick ones."""
+    done = []
+    monkeypatch.setattr(gs, "run_study", lambda *arguments: done.append(arguments) or 0)
+    monkeypatch.setattr(gs, "train_one", lambda *arguments, **options: done.append(options) or 0)
+    monkeypatch.setattr(gs, "save_rows", lambda *arguments: None)
+    monkeypatch.setattr(gsm, "choose_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(gsm, "prepare", lambda settings, device: (settings,))
+    monkeypatch.setattr(gsm, "run", lambda *arguments: done.append(arguments) or 0)
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
+    commands = [line.split(" && ")[-1].partition("  #")[0].strip() for line in blocks.split("\n") if line]
+    commands += re.findall(r"`(\.venv/bin/[^`]+)`", README)
+    count = 0
+    for command in dict.fromkeys(commands):
+        program, *arguments = command.split()
+        arguments = [a for a in arguments if not a.startswith("--nproc-per-node")]
+        if arguments[0] == "grpo_sort.py":
+            assert not gs.main(arguments[1:]), command
+        elif arguments[0] == "grpo_gsm8k.py":
+            assert program == ".venv/bin/python" or "torchrun" in program
+            assert gsm.main(arguments[1:]) == 0, command
+        elif arguments[0] == "test_grpo.py":
+            assert arguments[1:] in (["--study"], ["--benchmark"])
+            continue
+        else:
+            assert arguments[:3] == ["-m", "pytest", "test_grpo.py"], command
+            continue
+        count += 1
+    assert len(done) == count > 10
+    ci = (HERE / ".ci" / "run").read_text(encoding="utf-8")
+    assert ".venv/bin/python grpo_gsm8k.py --rehearsal" in ci and "readme_command 1" in ci and "readme_command 2" in ci
+
+
+def test_results_say_what_made_them():
+    """results/README.md: versions, and minutes within a fifth, of what the files themselves say."""
+    table = (HERE / "results" / "README.md").read_text(encoding="utf-8")
+    sort = json.loads((RESULTS / "results.json").read_text())["rows"]
+    study = json.loads((GSM_RESULTS / "results.json").read_text())["rows"]
+    bench = json.loads((GSM_RESULTS / "benchmark.json").read_text())["made_with"]
+    assert {row["made"]["cpus"] for row in sort} == {row["cpus"] for row in study} == {bench["cpus"]} == {2}
+    seconds = sum(row["seconds"][0] * row["settings"]["num_runs"] for row in sort if "seconds" in row)
+    starts = {row["seed"]: row["start_seconds"] for row in study}
+    for name, versions, spent in (
+        ("sort/results.json", {row["made"]["torch"] for row in sort}, seconds),
+        ("gsm8k/results.json", {v for row in study for v in (row["torch"], row["transformers"])},
+         sum(row["train_seconds"] for row in study) + sum(starts.values())),
+        ("gsm8k/benchmark.json", {bench["torch"], bench["transformers"], bench["trl"]}, None),
+    ):
+        line = next(line for line in table.split("\n") if line.startswith(f"| `{name}`"))
+        assert all(version.split("+")[0] in line for version in versions), line
+        minutes = int(re.search(r"(\d+) minutes", line).group(1))
+        assert spent is None or 0.8 * minutes < spent / 60 < 1.2 * minutes
+    for path in (HERE / "results").glob("*/*"):
+        assert path.name in table or f"`*{path.suffix}`" in table, path
+    for image in re.findall(r"!\[.*?\]\((\S+?)\)", table):
+        assert (HERE / "results" / image).exists()
 
 
 def test_the_committed_results_meet_the_targets():
@@ -2702,7 +2792,7 @@ def test_peak_memory_does_not_grow_with_tokens_times_vocabulary():
 
 
 # --------------------------------------------------------------------------------------------------
-# Study of the rehearsal: python test_grpo.py --study; about 25 minutes on two cores. Every variant
+# Study of the rehearsal: python test_grpo.py --study; half an hour. Every variant
 # from the same start, for each seed; the changes are to the rehearsal's settings.
 
 VARIANTS = {
@@ -2717,7 +2807,11 @@ VARIANTS = {
 
 
 def study(folder, results=GSM_RESULTS, seeds=(0, 1, 2), **changes):
-    """Train every variant in `folder`; figures, table and plot go to `results`, rows as they come."""
+    """Train every variant in `folder`; figures, table and plot go to `results`, rows as they come.
+
+    With one thread, so that the figures do not depend on how many there are.
+    """
+    torch.set_num_threads(1)
     rows = []
     for seed in seeds:
         started = time.perf_counter()
