@@ -96,17 +96,18 @@ from transformers import (
 #     [batch trial pos]              [row pos]                     transformers has one leading axis
 #     one length, plain means        completion_mask, loss_type    completions differ in length
 #     num_responses, kl_penalty      num_generations, beta         names of TRL and the paper
-#     epoch: a round of sampling     step; an epoch is a pass      it is the larger unit of work
+#     epoch: a round of sampling     step; an epoch is a pass      a pass takes many steps
 #                                    over the training problems
 #     num_steps_per_epoch            mu                            symbol of the papers
-#     compute_ref_model_period       num_steps, if there are       one reference is the rule
-#                                    several num_iterations
+#     compute_ref_model_period       num_steps, if there are       usually one reference serves
+#                                    several num_iterations        the whole run
 #     loss_mode clipped, cispo       loss_type                     four averages, section 6
 #     loss_mode gspo                 importance_sampling_level     goes with any average
 #     KL beside the loss, summed     in the loss of a token        as in the paper, eq. 3
 #     std + 1e-5                     std + 1e-4                    as in TRL
-#     a run axis, no temperature     processes, a temperature      a large model, trained before
+#     a run axis                     processes                     one model fills a GPU
 #     naive, unclipped, k1, k2,      left out                      not what one trains with
+#     rewards, max_rewards,
 #     entropy bonus, PPO
 
 # ==================================================================================================
@@ -117,8 +118,9 @@ from transformers import (
 # is used: the model has to find the way to it by itself. Each question becomes a prompt in the chat
 # format that the model was trained on; only in that format does it know where its turn ends.
 #
-# To train on something else, change check_problem (what a problem must hold), SYSTEM_PROMPT and
-# TAGS (the format), section 2 (what is right), and strict and lenient in section 9.
+# For answers that are not numbers, change SYSTEM_PROMPT and check_problem here, correctness_reward
+# in section 2 (keep 2.0 the most: section 11 divides by it) and strict and lenient in section 9;
+# for other tags also TAGS, extract_answer_from_model_output (2) and step_rewards (11).
 
 SYSTEM_PROMPT = """\
 Solve the problem step by step. Write the steps between <reasoning> and </reasoning>, then the \
@@ -482,7 +484,8 @@ def generate_completions(
 #     batch_normalized   (r − mean) / (std of the batch's rewards + 1e-4)   arXiv 2508.08221
 #
 # A group whose rewards are all equal has advantages of 0 and teaches nothing: a silent group. The
-# 1e-4, as in TRL, keeps a tiny spread from being blown up.
+# 1e-4, as in TRL, only avoids a division by 0: a group that differs by one tag is still scaled to
+# full size.
 
 
 def compute_advantages(rewards, mode="normalized"):
@@ -642,8 +645,9 @@ def compute_log_probs(
 #               ℓ = −stop_gradient(min(ρ, 1 + ε_high)) Â log π       (2506.13585, section 3)
 #
 # importance_sampling_level="sequence" replaces every ρ of a completion by the geometric mean of
-# them (GSPO, arXiv 2507.18071, eq. 7), which moves so little that ε has to be some 1e-4. Which
-# flags make which method (with --beta 0, but for GRPO):
+# them (GSPO, arXiv 2507.18071, eq. 7), which moves so little that ε has to be a few 1e-4. Which
+# flags make which method (with --beta 0, but for GRPO; clip, GSPO's ratio and CISPO's weight only
+# do something with --mu above 1):
 #
 #     GRPO      the defaults
 #     Dr. GRPO  --loss-type dr_grpo --advantage centered

@@ -157,8 +157,8 @@ CLASSIC_PROMPTS = ((1, 0, 2), (3, 2, 4), (1, 2, 3))  # the training set of the c
 #
 # `init_scale` is the standard deviation of E. E enters twice, so the initial logits have a standard
 # deviation of about init_scale² √(n dim): 5.5 at scale 1, where the untrained policy already puts
-# nearly all probability on one response, and 0.05 at 0.1, where it is nearly uniform. What is never
-# sampled can never be rewarded (experiment 2).
+# most of each token's probability on one value, and 0.05 at 0.1, where it is nearly uniform. What
+# is never sampled can never be rewarded (experiment 2).
 
 
 class Model(nn.Module):
@@ -465,7 +465,7 @@ centered_rewards          1.50      0.50     -0.50     -1.50
 normalized_rewards        1.16      0.39     -0.39     -1.16
 leave_one_out             2.00      0.67     -0.67     -2.00
 max_rewards               3.00      0.00      0.00      0.00
-gradient               -0.1250   -0.0417    0.0417    0.1250    of the loss, by log π of each token
+gradient, centered     -0.1250   -0.0417    0.0417    0.1250    of the loss, by log π of each token
 
 Every token had probability 1/3 and has just been sampled, so every ratio is 1, and the clipped loss
 with centred rewards is minus the mean of δ: 0. It is 0 on every first step whose δ have mean 0, and
@@ -548,8 +548,8 @@ def compute_exact_kl(prompts, model, ref_model):
 # PPO has no group. It learns the baseline: a second network, the critic V, predicts the reward that
 # is still to come. Each token is an action of its own now, and the state before it is the prompt
 # and the tokens so far. (The model above ignores those; the critic does not.) A token's advantage
-# is what the critic learns as it appears, the temporal-difference error, and what it learns
-# afterwards:
+# is the change in the expected reward when it appears, the temporal-difference error e_t, plus
+# those of the later tokens, discounted:
 #
 #     e_t = r_t + γ V_{t+1} − V_t          was token t better than V expected?
 #     Â_t = Σ_{l≥0} (γλ)^l e_{t+l}         generalized advantage estimation (GAE); the token's δ
@@ -1272,9 +1272,9 @@ FINDINGS = (
     "uniform, lifts exact match from {2b|+ normalized_rewards|exact_match} to {2b|+ init_scale "
     "0.1|exact_match}.",
     "The second cause, on these prompts, is the reward. With the distance reward {2b|+ distance "
-    "reward|solved} runs sort everything, still with the naive loss. The recipe reaches "
+    "reward|solved} runs sort everything, even with the naive loss. The recipe reaches "
     "{2c|inclusion-ordering reward|exact_match} with the inclusion-ordering reward, {2c|exact "
-    "reward|exact_match} with the all-or-nothing one.",
+    "reward|exact_match} with the exact one.",
     "The clip makes large steps safer. At a learning rate of 1e-3 it is not needed; at 5e-3 {2b|+ "
     "learning rate 5e-3 (the recipe)|solved} runs sort everything with it, {2c|unclipped "
     "loss|solved} with the unclipped ratio, {2c|naive loss|solved} with the naive loss. It stops "
@@ -1283,22 +1283,24 @@ FINDINGS = (
     "With one inner step, on-policy, naive and clipped loss are the same ({4c|naive, 1|epochs} "
     "and {4c|clipped, 1|epochs} epochs); with twenty, {4c|clipped, 20|solved} runs sort "
     "everything with the clip and {4c|naive, 20|solved} without.",
-    "That there is a baseline matters much, which one little (clipped loss, distance reward): raw "
-    "rewards {3 distance|rewards, clipped|exact_match}, centred {3 distance|centered_rewards, "
-    "clipped|exact_match}, normalised {3 distance|normalized_rewards, clipped|exact_match}, best "
-    "of the group {3 distance|max_rewards, clipped|exact_match}.",
+    "Whether there is a baseline matters much, which one matters little (clipped loss, distance "
+    "reward): raw rewards {3 distance|rewards, clipped|exact_match}, centred {3 "
+    "distance|centered_rewards, clipped|exact_match}, normalised {3 distance|normalized_rewards, "
+    "clipped|exact_match}, best of the group {3 distance|max_rewards, clipped|exact_match}.",
     "With the exact reward, which is 0 for most responses, raw rewards do as well as centred "
     "ones: {3 exact|rewards, clipped|exact_match} and {3 exact|centered_rewards, "
     "clipped|exact_match}.",
     "Groups of 2 are too small ({4b|G = 2|solved} runs), of 8 large enough ({4b|G = 8|solved}); "
-    "larger ones only save epochs.",
+    "larger ones save epochs ({4b|G = 64|epochs} with 64, {4b|G = 8|epochs} with 8), but not "
+    "samples.",
     "Rewarding every step helps small groups ({4e|GRPO, process, G = 2|exact_match} at G = 2, the "
     "whole response {4e|GRPO, outcome, G = 2|exact_match}). On unseen prompts it sorts {5a|GRPO, "
     "process supervision|unseen} with the recommended entropy bonus, {5a|GRPO, process "
     "supervision, eight times the bonus|unseen} with one that suits its larger δ.",
-    "PPO's learned critic does as well as GRPO's group: {4e|PPO, G = 10|solved} and {4e|GRPO, "
-    "outcome, G = 10|solved} runs at G = 10, {4e|PPO, G = 2|exact_match} and {4e|GRPO, outcome, G "
-    "= 2|exact_match} at G = 2. It costs {4e|PPO, G = 10|parameters} numbers to train instead of "
+    "PPO's learned critic does about as well as GRPO's group: {4e|PPO, G = 10|solved} and "
+    "{4e|GRPO, outcome, G = 10|solved} runs at G = 10, {4e|PPO, G = 4|exact_match} and {4e|GRPO, "
+    "outcome, G = 4|exact_match} at G = 4, {4e|PPO, G = 2|exact_match} and {4e|GRPO, outcome, G = "
+    "2|exact_match} at G = 2. It costs {4e|PPO, G = 10|parameters} numbers to train instead of "
     "{4e|GRPO, outcome, G = 10|parameters}.",
     "With one response a prompt there is no group. PPO still runs, but hardly learns ({4e|PPO, G "
     "= 1|exact_match}); process supervision without a critic does as well ({4e|GRPO, process, G = "
@@ -1310,9 +1312,9 @@ FINDINGS = (
     "recommended|unseen}.",
     "Unseen prompts, 5 numbers from 10: the recommended settings sort {5b|GRPO, "
     "recommended|unseen}.",
-    "Without an entropy bonus it is {5a|GRPO, no entropy bonus|unseen} (3 from 5). The model "
-    "could do it (cross-entropy on the answers: {5a|cross-entropy on the answers|unseen}), and "
-    "sampling noise is not the cause: climbing the exact expected reward stops at {5a|exact "
+    "Without their entropy bonus they sort {5a|GRPO, no entropy bonus|unseen} (3 from 5). The "
+    "model could do it (cross-entropy on the answers: {5a|cross-entropy on the answers|unseen}), "
+    "and sampling noise is not the cause: climbing the exact expected reward stops at {5a|exact "
     "expected reward|unseen}. Its gradient at the right token's logit is π(1 − π), which vanishes "
     "with π; that of cross-entropy, 1 − π, does not. Where the right answer to a rare kind of "
     "prompt ({5a|exact expected reward|worst}: share of runs and orders that are wrong) has "
@@ -1416,7 +1418,7 @@ PANELS = {
     "ladder": (("2b", "exact_match"), ("2c", "exact_match")),
     "group_size": (("4b", "exact_match"), ("4b", "epochs")),
     "unseen": (("5a", "unseen"), ("5b", "unseen")),
-    "gradients": (("6a", "length"), ("6a", "cosine"), ("6a", "noise")),
+    "gradients": (("6a", "cosine"), ("6a", "length"), ("6a", "noise")),
 }
 
 
@@ -1433,7 +1435,8 @@ def draw_curves(plt, rows):
         label = key[1].replace("+ learn", "+ clipped loss,\nlearn")
         label = f"classic, {label}" if i < 3 else label
         epochs = range(1, len(mean) + 1)
-        axis.plot(epochs, mean, label=label, color=colour, linestyle=("-", "--", ":")[i % 3])
+        style = ("-", "--", ":", "-.", "--", "-")[i]
+        axis.plot(epochs, mean, style, label=label, color=colour)
         band = (mean - half).clamp(min=0), (mean + half).clamp(max=100)
         axis.fill_between(epochs, *band, color=colour, alpha=0.2, lw=0)
     axis.set(xlabel="epoch (10 gradient steps)", ylabel="training prompts sorted, greedy, %")
@@ -1623,7 +1626,7 @@ def make_parser():
     add = parser.add_argument_group("the study").add_argument
     yes = dict(action="store_true", default=False)
     add("--quick", **yes, help="ten seconds: the classic experiment and its repair")
-    add("--full", **yes, help="wider sweeps and a larger task, about ten minutes")
+    add("--full", **yes, help="wider sweeps and a larger task, 10 to 25 minutes")
     add("--out", type=Path, default=Path("results/sort"), metavar="DIR", help="(%(default)s)")
     add("--no-plots", **yes, help="write tables and numbers only")
     add = parser.add_argument_group("both").add_argument
