@@ -20,27 +20,24 @@ provides model and tokenizer.
     python grpo_gsm8k.py --eval-only --model DIR --eval-file test.jsonl
     python grpo_gsm8k.py --help                  every setting
 
-The algorithm is sections 1 to 10; what makes it a program that one can leave alone comes after.
-
     1 data, prompts      5 log-probabilities     9 evaluation      12 processes, precision, memory
     2 rewards            6 loss                 10 training loop   13 checkpoints, signals, logs
     3 sampling           7 worked example       11 step rewards    14 rehearsal
     4 advantages         8 settings                                15 command line
 
-grpo_sort.py explains the same algorithm on a task that fits on a page, in the same order (sections
-3 to 7 and 10 have the same numbers); read it first if the words are new. In short: the policy π is
-the model in training, π_old the model that sampled, π_ref a frozen copy of the model at the start;
-a group is the completions of one prompt; the advantage Â of a completion says how much better its
-reward was than the group's. What is different here stands before section 1.
+The algorithm is sections 1 to 10; train_simply in section 10 is all of it on one screen. The rest
+makes it a program that one can leave alone. grpo_sort.py explains the same algorithm in the same
+order (sections 3 to 7 and 10 have the same numbers) on a task that fits on a page; read it first if
+the words are new. In short: the policy π is the model in training, π_old the model that sampled,
+π_ref a frozen copy of the model at the start; a group is the completions of one prompt; the
+advantage Â of a completion says how much better its reward was than its group's. Unlike in the
+paper (arXiv 2402.03300) rewards, also those of single steps, come from rules, not from a model.
 
 Shapes are written [row pos]: a row is one completion, pos counts tokens. `batch` prompts with
 `trial` = num_generations completions each make batch·trial rows, those of a group consecutive;
 `vocab` is the vocabulary, `dim` the model's width. → means "returns". Lines that are easy to get
-wrong carry a number, (!1) to (!8): the README lists them and test_grpo.py guards each.
-Functions whose docstring says "Needs:" can be copied with what it names, and what that needs.
-
-One departure from the GRPO paper (arXiv 2402.03300): rewards, also those of single steps of the
-reasoning, come from rules and not from a trained model.
+wrong carry a number, (!1) to (!8): the README lists them and test_grpo.py guards each. Functions
+whose docstring says "Needs:" can be copied with what it names, and what that needs.
 """
 
 import argparse
@@ -77,16 +74,8 @@ from safetensors.torch import load_model as load_safetensors
 from safetensors.torch import save_model as save_safetensors
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
-)
-
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 # ==================================================================================================
 # From grpo_sort.py to here
@@ -962,7 +951,8 @@ def step_indices(step, batch_size, num_problems, seed):
     for k in range(step * batch_size, (step + 1) * batch_size):
         epoch, position = divmod(k, num_problems)
         if not indices or position == 0:
-            order = random.Random(f"{seed}, epoch {epoch}").sample(range(num_problems), num_problems)
+            shuffled = random.Random(f"{seed}, epoch {epoch}")
+            order = shuffled.sample(range(num_problems), num_problems)
         indices.append(order[position])
     return indices
 
@@ -1257,20 +1247,17 @@ def train_with_grpo(model, tokenizer, train_problems, settings, eval_problems=()
         load_checkpoint(folder, model, optimizer, reference)
     log = Log(settings.output_dir, done)
 
-    def evaluate(step):
-        if eval_problems:
-            completions = settings.batch_size * settings.num_generations
+    def evaluate_if_due(step):
+        due = step in (0, total) or (settings.eval_every and step % settings.eval_every == 0)
+        if due and eval_problems:
             result = evaluate_model(
-                model, tokenizer, eval_problems, settings.max_completion_length, completions
+                model, tokenizer, eval_problems, settings.max_completion_length,
+                settings.batch_size * settings.num_generations,
             )
             log.write("eval", {"step": step, **result})
             say(f"step {step}: {describe_evaluation(result)}")
 
-    def due(step):
-        return step in (0, total) or (settings.eval_every and step % settings.eval_every == 0)
-
-    if due(done):
-        evaluate(done)
+    evaluate_if_due(done)
     model.train()
     skipped_in_a_row = 0
     bar = tqdm(total=total, initial=done, desc="training", disable=get_rank() > 0)
@@ -1295,8 +1282,8 @@ def train_with_grpo(model, tokenizer, train_problems, settings, eval_problems=()
                     "in a new folder (--model, --output-dir), with a smaller --learning-rate"
                 )
             stopping = int(sum_over_processes(torch.tensor(stop.signal)))
-            if due(step) and (step == total or not stopping):  # else after --resume
-                evaluate(step)
+            if step == total or not stopping:  # else after --resume
+                evaluate_if_due(step)
             if step == total or step % settings.save_every == 0 or stopping:
                 if get_rank() == 0:
                     save_checkpoint(model, tokenizer, optimizer, reference, step, settings)
@@ -1868,18 +1855,18 @@ def make_problems(seed, num_train=4000, held_out=0.2, drills=0.3):
         words = {"n": rng.choice(NAMES), "t": rng.choice(THINGS)} | dict(zip("abc", numbers))
         return make_problem(text.format(**words), solve(numbers, operations)[0])
 
-    shown, held_out_problems, facts = [], [], set()
+    shown, unseen, facts = [], [], set()
     for text, operations in TEMPLATES:
         combinations = [
-            numbers
+            (text, operations, numbers)
             for numbers in itertools.product(range(1, 6), repeat=len(operations) + 1)
             if min(solve(numbers, operations)[1]) >= 0
         ]
-        facts |= {step for numbers in combinations for step in solve(numbers, operations)[0]}
+        facts |= {step for *_, numbers in combinations for step in solve(numbers, operations)[0]}
         rng.shuffle(combinations)
         cut = round(held_out * len(combinations))
-        held_out_problems += [(text, operations, numbers) for numbers in combinations[:cut]]
-        shown.append([(text, operations, numbers) for numbers in combinations[cut:]])
+        unseen += combinations[:cut]
+        shown.append(combinations[cut:])
     facts = sorted(facts)
     train = []
     for _ in range(num_train):
@@ -1889,7 +1876,7 @@ def make_problems(seed, num_train=4000, held_out=0.2, drills=0.3):
         else:
             # every template equally often
             train.append(word_problem(*rng.choice(rng.choice(shown))))
-    return train, [word_problem(*problem) for problem in held_out_problems for _ in range(2)]
+    return train, [word_problem(*problem) for problem in unseen for _ in range(2)]
 
 
 def demonstrate(problem, keep_steps=None, tags=True):
@@ -1979,19 +1966,15 @@ def make_start(folder, seed, num_steps=1500):
 # 15. Command line
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """One line instead of the whole usage."""
-        self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists everything)\n")
-
-
 def make_parser():
     """One flag for each field of Settings."""
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         prog="grpo_gsm8k.py",
         description="GRPO fine-tuning of Qwen2.5-1.5B-Instruct on GSM8K.",
         epilog="Several GPUs: torchrun --nproc-per-node=8 grpo_gsm8k.py …",
     )
+    line = "grpo_gsm8k.py: {} (--help lists everything)\n"  # one, instead of the whole usage
+    parser.error = lambda message: parser.exit(2, line.format(" ".join(message.split())))
     for item in fields(Settings):
         text, default = item.metadata["help"], item.default
         flag, choices = f"--{item.name.replace('_', '-')}", item.metadata.get("choices")

@@ -10,12 +10,11 @@ each response that it samples. This file holds everything that happens in betwee
 which it happens, and then measures what each choice does.
 
 GRPO, Group Relative Policy Optimization, is a choice of parts: a group of responses to each prompt
-(section 3), each weighted by how much better it was than its group (`normalized_rewards`, section
-4), the clipped loss (6) and, if wanted, the KL penalty k3 (8). PPO, Proximal Policy Optimization,
-has a trained critic (9) in place of the group. The other names in the tables, REINFORCE, RLOO, Dr.
-GRPO, DAPO, GSPO, CISPO, exchange one of these parts or leave it out: in all there are eight weights
-("deltas") and five losses here. Task, model and function names follow lecture 17 of Stanford's
-CS336 (2025), whose settings are "the classic experiment".
+(section 3), each weighted by how much better it was than its group (4), the clipped loss (6) and,
+if wanted, the KL penalty k3 (8). PPO, Proximal Policy Optimization, has a trained critic (9) in
+place of the group; REINFORCE, RLOO, Dr. GRPO, DAPO, GSPO, CISPO exchange one of these parts or
+leave it out. Task, model and function names follow lecture 17 of Stanford's CS336 (2025), whose
+settings are "the classic experiment".
 
     python grpo_sort.py            the study, about two minutes on two CPU cores
     python grpo_sort.py --quick    a taste in ten seconds
@@ -1260,85 +1259,10 @@ TABLES = {
     ),
 }
 
-# What the study found, in words; {experiment|label|metric} is a cell of a table above. The words
-# were written for the committed results, so they are printed only with their seed and enough runs.
-FINDINGS = (
-    "The classic settings hardly learn: after 100 epochs the model sorts {1|rewards|exact_match} "
-    "of its own three prompts with raw, {1|centered_rewards|exact_match} with centred and "
-    "{1|normalized_rewards|exact_match} with normalised rewards.",
-    "The first cause is the start, not the algorithm. With embeddings of scale 1 the untrained "
-    "policy has an entropy of {2a|init_scale 1.0|entropy} of 1.61 nats and {2a|init_scale "
-    "1.0|top} on the likeliest token; what is never sampled is never rewarded. Scale 0.1, nearly "
-    "uniform, lifts exact match from {2b|+ normalized_rewards|exact_match} to {2b|+ init_scale "
-    "0.1|exact_match}.",
-    "The second cause, on these prompts, is the reward. With the distance reward {2b|+ distance "
-    "reward|solved} runs sort everything, even with the naive loss. The recipe reaches "
-    "{2c|inclusion-ordering reward|exact_match} with the inclusion-ordering reward, {2c|exact "
-    "reward|exact_match} with the exact one.",
-    "The clip makes large steps safer. At a learning rate of 1e-3 it is not needed; at 5e-3 {2b|+ "
-    "learning rate 5e-3 (the recipe)|solved} runs sort everything with it, {2c|unclipped "
-    "loss|solved} with the unclipped ratio, {2c|naive loss|solved} with the naive loss. It stops "
-    "the push on a token that has gone too far, but does not bring it back: at 2e-2 {2c|learning "
-    "rate 2e-2|solved} are left.",
-    "With one inner step, on-policy, naive and clipped loss are the same ({4c|naive, 1|epochs} "
-    "and {4c|clipped, 1|epochs} epochs); with twenty, {4c|clipped, 20|solved} runs sort "
-    "everything with the clip and {4c|naive, 20|solved} without.",
-    "Whether there is a baseline matters much, which one matters little (clipped loss, distance "
-    "reward): raw rewards {3 distance|rewards, clipped|exact_match}, centred {3 "
-    "distance|centered_rewards, clipped|exact_match}, normalised {3 distance|normalized_rewards, "
-    "clipped|exact_match}, best of the group {3 distance|max_rewards, clipped|exact_match}.",
-    "With the exact reward, which is 0 for most responses, raw rewards do as well as centred "
-    "ones: {3 exact|rewards, clipped|exact_match} and {3 exact|centered_rewards, "
-    "clipped|exact_match}.",
-    "Groups of 2 are too small ({4b|G = 2|solved} runs), of 8 large enough ({4b|G = 8|solved}); "
-    "larger ones save epochs ({4b|G = 64|epochs} with 64, {4b|G = 8|epochs} with 8), but not "
-    "samples.",
-    "Rewarding every step helps small groups ({4e|GRPO, process, G = 2|exact_match} at G = 2, the "
-    "whole response {4e|GRPO, outcome, G = 2|exact_match}). On unseen prompts it sorts {5a|GRPO, "
-    "process supervision|unseen} with the recommended entropy bonus, {5a|GRPO, process "
-    "supervision, eight times the bonus|unseen} with one that suits its larger δ.",
-    "PPO's learned critic does about as well as GRPO's group: {4e|PPO, G = 10|solved} and "
-    "{4e|GRPO, outcome, G = 10|solved} runs at G = 10, {4e|PPO, G = 4|exact_match} and {4e|GRPO, "
-    "outcome, G = 4|exact_match} at G = 4, {4e|PPO, G = 2|exact_match} and {4e|GRPO, outcome, G = "
-    "2|exact_match} at G = 2. It costs {4e|PPO, G = 10|parameters} numbers to train instead of "
-    "{4e|GRPO, outcome, G = 10|parameters}.",
-    "With one response a prompt there is no group. PPO still runs, but hardly learns ({4e|PPO, G "
-    "= 1|exact_match}); process supervision without a critic does as well ({4e|GRPO, process, G = "
-    "1|exact_match}).",
-    "A KL penalty of β = 0.1 with k3 does no harm ({4a|k3, β = 0.1|solved} runs). With k1 it "
-    "ruins the training ({4a|k1, β = 0.1|solved}): on average its gradient is zero, and off "
-    "policy it pushes down whatever was sampled.",
-    "Unseen prompts, 3 numbers from 5: the recommended settings sort {5a|GRPO, "
-    "recommended|unseen}.",
-    "Unseen prompts, 5 numbers from 10: the recommended settings sort {5b|GRPO, "
-    "recommended|unseen}.",
-    "Without their entropy bonus they sort {5a|GRPO, no entropy bonus|unseen} (3 from 5). The "
-    "model could do it (cross-entropy on the answers: {5a|cross-entropy on the answers|unseen}), "
-    "and sampling noise is not the cause: climbing the exact expected reward stops at {5a|exact "
-    "expected reward|unseen}. Its gradient at the right token's logit is π(1 − π), which vanishes "
-    "with π; that of cross-entropy, 1 − π, does not. Where the right answer to a rare kind of "
-    "prompt ({5a|exact expected reward|worst}: share of runs and orders that are wrong) has "
-    "become improbable (median π {5a|exact expected reward|left}), nothing brings it back. The "
-    "bonus keeps it possible until the others are learned.",
-    "On 5 numbers from 10 the same is drastic: exact expected reward {5b|exact expected "
-    "reward|unseen}, with the bonus {5b|exact expected reward, entropy bonus|unseen}; GRPO "
-    "without it {5b|GRPO, no entropy bonus|unseen}, with it but normalised rewards {5b|GRPO, "
-    "normalized_rewards|unseen}, {5b|GRPO, normalized_rewards, twice the bonus|unseen} with twice "
-    "the bonus.",
-    "The gradients, exactly (G = 4): raw and leave-one-out rewards are unbiased (length "
-    "{6a|leave_one_out|length}); centring shortens the gradient to (G − 1)/G "
-    "({6a|centered_rewards|length}, cosine {6a|centered_rewards|cosine}); normalising turns it a "
-    "little ({6a|normalized_rewards|cosine}), best of the group more ({6a|max_rewards|cosine}). "
-    "The baseline takes the noise from {6a|rewards|noise} to {6a|leave_one_out|noise} of its "
-    "length.",
-    "The quotient log π / log π_old points away from the policy gradient, cosine {6b|log π / log "
-    "π_old|cosine}; the ratio exp(log π − log π_old) along it, {6b|exp(log π − log "
-    "π_old)|cosine}.",
-    "As a loss, k3 has the gradient of KL(π_ref ‖ π) (error {6c|k3|error_from_ref}), k2 that of "
-    "KL(π ‖ π_ref) ({6c|k2|error_to_ref}), k1 none. As an estimate k3 is unbiased, but its low "
-    "variance belongs to policies close to the reference: here it spreads by {6c|k3|spread} times "
-    "the KL, k1 by {6c|k1|spread}.",
-)
+# What the study found, in words: one finding a line, {experiment|label|metric} is a cell of a table
+# above. They were written for the committed results, so they are printed only with their seed and
+# enough runs (and with the file at hand).
+FINDINGS = Path(__file__).resolve().parent / "results" / "sort" / "findings.txt"
 
 
 def mean_and_interval(values):
@@ -1403,12 +1327,12 @@ def findings(rows):
         return cell + (" %" if columns[metric][:1] == [100] else "")
 
     found = []
-    for sentence in FINDINGS:
+    for sentence in FINDINGS.read_text(encoding="utf-8").split("\n") if FINDINGS.exists() else ():
         try:
             found.append(re.sub(r"\{(.*?)\}", fill, sentence))
         except KeyError:  # not measured yet
             continue
-    return found
+    return list(filter(None, found))
 
 
 # The palette of Okabe and Ito, distinguishable with every kind of colour vision.
@@ -1602,12 +1526,6 @@ def run_study(out, num_runs, seed, full=False, quick=False, plots=True):
 # 13. Command line
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """One line instead of the whole usage."""
-        self.exit(2, f"{self.prog}: {message} (--help lists everything)\n")
-
-
 def prompt_numbers(text):
     """'3,2,4' → [3, 2, 4]"""
     if not all(x.isdecimal() and len(x) < 4 for x in text.split(",")):
@@ -1617,12 +1535,14 @@ def prompt_numbers(text):
 
 def make_parser():
     """The command line; options of a single variant are those of run_policy_gradient, if given."""
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         prog="grpo_sort.py",
         description="Policy gradient and GRPO on a toy task, sorting: every variant, measured.",
         epilog="With no option: the study, about two minutes; its rows replace those in --out.",
         argument_default=argparse.SUPPRESS,
     )
+    line = "grpo_sort.py: {} (--help lists everything)\n"  # one, instead of the whole usage
+    parser.error = lambda message: parser.exit(2, line.format(message))
     add = parser.add_argument_group("the study").add_argument
     yes = dict(action="store_true", default=False)
     add("--quick", **yes, help="ten seconds: the classic experiment and its repair")
