@@ -1442,6 +1442,23 @@ def test_left_padding_and_cache_change_no_log_probability():
         assert torch.allclose(together[row, :n], alone, atol=1e-5)
 
 
+def test_positions_do_not_count_the_padding():
+    """With learned absolute positions, as in GPT-2; Qwen2's rotary ones would hide the mistake."""
+    torch.manual_seed(0)
+    policy = gsm.transformers.GPT2LMHeadModel(gsm.transformers.GPT2Config(
+        vocab_size=10, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=1
+    )).eval()
+    policy.transformer.wpe.weight.data *= 50
+    together = gsm.generate_completions(policy, Words(), ["a", "bcdefgh"], 1, 8, temperature=0)
+    alone = gsm.generate_completions(policy, Words(), ["a"], 1, 8, temperature=0)
+    n = alone[3].sum()
+    assert together[3][0].sum() == n and torch.equal(together[2][0, :n], alone[2][0, :n])
+    ids, mask = (torch.cat(pair, dim=1) for pair in (together[::2], together[1::2]))
+    short, short_mask = (torch.cat(pair, dim=1) for pair in (alone[::2], alone[1::2]))
+    padded = gsm.compute_log_probs(policy, ids[:1], mask[:1], together[2].shape[1])[0, :n]
+    assert torch.allclose(padded, gsm.compute_log_probs(policy, short, short_mask, alone[2].shape[1])[0, :n], atol=1e-5)
+
+
 def test_the_same_generator_gives_the_same_samples_and_the_mode_is_restored():
     policy = make_policy(10)
     sample = [
