@@ -1606,7 +1606,6 @@ def train_one(num_runs, seed, **changes):
 
 def main(argv=None):
     """Run the command line. → exit status, None for success"""
-    torch.set_num_threads(1)  # for tensors this small a second thread costs more than it brings
     parser = make_parser()
     args = parser.parse_args(argv)
     if not 1 <= args.runs <= 10_000:

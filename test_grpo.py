@@ -2912,7 +2912,7 @@ def draw_study(rows, folder):
     names = list(VARIANTS)
     for name, colour, style, marker in zip(
         (names[0], names[1], names[5], names[6]),
-        ("#0072B2", "#009E73", "#E69F00", "#D55E00"), ("-", "--", ":", ""), "os.^",  # SFT: two points
+        ("#0072B2", "#009E73", "#E69F00", "#D55E00"), ("-", "--", ":", " "), "os.^",  # SFT: two points
     ):
         runs = [row["evaluations"] for row in rows if row["variant"] == name]
         x = [record["step"] for record in runs[0]]
