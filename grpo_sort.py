@@ -950,9 +950,10 @@ def measure_estimators(prompts, log_probs, ref_log_probs, probs, model, ref_mode
     kl_from_ref = compute_exact_kl(prompts, ref_model, model)  # [run], KL(π_ref ‖ π)
     to_ref = flat_gradient(kl_to_ref, model, retain_graph=True)  # [run params]
     from_ref = flat_gradient(kl_from_ref, model, retain_graph=True)  # [run params]
-    rows, alone = {}, (..., None, None, slice(None))  # as in measure_ratios
+    rows = {}  # each response alone, as in measure_ratios: [run batch trial 1 1 pos]
+    alone, reference = log_probs[..., None, None, :], ref_log_probs[..., None, None, :]
     for estimator in ("k1", "k2", "k3"):
-        estimate = compute_kl_penalty(log_probs[alone], ref_log_probs[alone], estimator)
+        estimate = compute_kl_penalty(alone, reference, estimator)  # [run batch trial]
         gradient = expected_gradient(estimate, probs, model)  # [run params]
         value = (probs * estimate).sum(dim=-1)  # [run batch]
         variance = (probs * estimate**2).sum(dim=-1) - value**2  # [run batch]
