@@ -1,0 +1,457 @@
+# SPDX-License-Identifier: MIT
+"""Measures what the README says of grpo_sort.py, and makes everything else in this folder:
+
+    python results/sort/study.py [DIR]      11 minutes on two quiet cores, up to 16 if one is busy
+
+Experiments 1 to 5 are those of grpo_sort.py with more rows, 2a is the untrained policy, 6 is theory
+checked by enumeration. Rows are written to results.json and tables.md as they are measured. Shapes
+are written as in grpo_sort.py; `params` are all parameters of a model in one vector.
+"""
+
+import itertools
+import math
+import multiprocessing
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+import torch
+import torch.nn.functional as F
+
+import grpo_sort as gs
+
+# Exact gradients (experiment 6) ===================================================================
+
+# With 5 tokens and 3 positions there are 125 responses to a prompt: expectations are sums, without
+# sampling error. A group of G responses gives the estimate g = 1/G Σ_i δ_i s_i with the score
+# s = ∇log π(a). δ_i depends on the rewards of the batch only, so it is enough to enumerate these:
+# given its reward R a response has the mean score m = E[s | R], and the scores are independent.
+
+#     E[g]  = Σ over rewards R_1 … R_G  P(R) ·   1/G Σ_i δ_i m_i
+#     E|g|² = Σ over rewards R_1 … R_G  P(R) · ( |1/G Σ_i δ_i m_i|² + 1/G² Σ_i δ_i² Var[s | R_i] )
+
+# with Var[s | R] = E[|s|² | R] − |m|², and the same averaged over the prompts of a batch. Axes:
+# `level` a value of the reward, `group` a multiset of G levels, `combo` a group for each prompt.
+
+
+def enumerate_responses(vocab_size, length):
+    """All vocab^length responses → int[trial pos]"""
+    return torch.cartesian_prod(*[torch.arange(vocab_size)] * length).view(-1, length)
+
+
+def flat_gradient(objective, model):
+    """∇ of float[run] by the model's parameters, in one vector → float[run params]"""
+    gradients = torch.autograd.grad(objective.sum(), [*model.parameters()], retain_graph=True)
+    return torch.cat([g.flatten(1) for g in gradients], dim=1)
+
+
+def compute_scores(prompts, responses, model):
+    """∇log π(response | prompt), the score, of the same responses to every prompt.
+
+    A model with a run axis, int[batch pos], int[trial pos] → float[run batch trial params]
+    """
+    everywhere = responses.expand(len(prompts), -1, -1)  # [batch trial pos]
+    log_probs = gs.compute_log_probs(prompts, everywhere, model).sum(dim=-1)  # [run batch trial]
+    scores = [flat_gradient(x, model) for x in log_probs.flatten(1).unbind(dim=1)]
+    return torch.stack(scores, dim=1).unflatten(1, log_probs.shape[1:])
+
+
+def expected_update(probs, rewards, scores, mode, group_size):
+    """Mean and variance of the policy gradient that compute_deltas(·, mode) estimates, exactly.
+
+    Of every possible response: probs float[run batch trial], rewards float[batch trial] and scores
+    float[run batch trial params] → mean float[run params], variance float[run]
+    """
+    levels = rewards.unique()  # [level], the values that a reward can take
+    # [run batch trial level], the probability of each response in the column of its reward
+    member = (rewards.unsqueeze(-1) == levels) * probs.unsqueeze(-1)
+    level_probs = member.sum(dim=-2)  # [run batch level]
+    floor = level_probs.clamp(min=1e-30)  # [run batch level]
+    mean_score = torch.einsum("rbtl,rbtp->rblp", member, scores) / floor.unsqueeze(-1)
+    second_moment = torch.einsum("rbtl,rbt->rbl", member, scores.square().sum(dim=-1)) / floor
+    score_variance = second_moment - mean_score.square().sum(dim=-1)  # [run batch level]
+
+    # Every multiset of rewards that a group can have, and every combination of them over a batch.
+    batch = rewards.shape[-2]
+    groups = itertools.combinations_with_replacement(range(len(levels)), group_size)
+    groups = torch.tensor(list(groups))  # [group trial]
+    counts = F.one_hot(groups, len(levels)).sum(dim=1)  # [group level]
+    orders = math.factorial(group_size) / torch.lgamma(counts + 1.0).sum(dim=-1).exp()  # [group]
+    group_probs = orders * (level_probs.unsqueeze(-2) ** counts).prod(dim=-1)  # [run batch group]
+    combos = torch.cartesian_prod(*[torch.arange(len(groups))] * batch).view(-1, batch)
+    combo_probs = math.prod(group_probs[:, b, combos[:, b]] for b in range(batch))  # [run combo]
+
+    deltas = gs.compute_deltas(levels[groups[combos]], mode)  # [combo batch trial]
+    one_hot = F.one_hot(groups[combos], len(levels)).float()  # [combo batch trial level]
+    scale = 1 / (batch * group_size)
+    # [combo batch*level], over the responses to a prompt with the same reward: Σ δ / (batch·G) and
+    # Σ δ² / (batch·G)²
+    weight = scale * torch.einsum("cbt,cbtl->cbl", deltas, one_hot).flatten(1)
+    square = scale**2 * torch.einsum("cbt,cbtl->cbl", deltas**2, one_hot).flatten(1)
+    mean_score = mean_score.flatten(1, 2)  # [run batch*level params]
+    gram = mean_score @ mean_score.mT  # [run batch*level batch*level]
+    mean = torch.einsum("rk,rkp->rp", combo_probs @ weight, mean_score)  # [run params]
+    within = ((combo_probs @ square) * score_variance.flatten(1)).sum(dim=-1)  # [run]
+    squares = [((weight @ g) * weight).sum(dim=-1) @ p for g, p in zip(gram, combo_probs)]
+    return mean, torch.stack(squares) + within - mean.square().sum(dim=-1)
+
+
+def expected_gradient(per_response, probs, model):
+    """∇ of the mean of a quantity over samples whose probabilities are held fixed.
+
+    per_response, probs float[run batch trial], of every possible response → float[run params]
+    """
+    return flat_gradient((probs * per_response).sum(dim=-1).mean(dim=-1), model)
+
+
+def compute_exact_kl(prompts, model, ref_model):
+    """KL(π ‖ π_ref) of a response in nats: int[batch pos] → float[run], the mean over prompts"""
+    log_probs = model(prompts).log_softmax(dim=-1)  # [run batch pos vocab]
+    ref_log_probs = ref_model(prompts).log_softmax(dim=-1)  # [run batch pos vocab]
+    return (log_probs.exp() * (log_probs - ref_log_probs)).sum(dim=(-2, -1)).mean(dim=-1)
+
+
+def measure_ratios(log_probs, probs, rewards, exact, model):
+    """Table 6b: where a loss with the ratio, and one with the quotient of logarithms, leads.
+
+    Of every possible response: log_probs float[run batch trial pos], probs float[run batch trial],
+    rewards float[batch trial]; exact is ∇J, float[run params]
+    """
+    # compute_loss on each response alone, as a batch of one in a run of its own
+    alone = log_probs[..., None, None, :]  # [run batch trial 1 1 pos]
+    advantages = rewards - (probs * rewards).sum(dim=-1, keepdim=True)  # [run batch trial], exact
+    ratio = gs.compute_loss(alone, advantages[..., None, None], "unclipped", alone.detach())
+    quotient = -(log_probs / log_probs.detach() * advantages.unsqueeze(-1)).mean(dim=-1)
+    rows = {}  # both losses: [run batch trial]
+    for label, loss in (("exp(log π − log π_old)", ratio), ("log π / log π_old", quotient)):
+        update = -expected_gradient(loss, probs, model)  # [run params]
+        rows["6b", label] = {"cosine": F.cosine_similarity(update, exact, dim=-1)}
+    return rows
+
+
+def measure_estimators(prompts, responses, old_model, model, ref_model):
+    """Table 6c: the KL estimators on samples of old_model; on policy that is the same as model.
+
+    Samples do not move with the parameters: as a loss an estimator has the gradient of
+    E_{π_old}[estimator] with π_old held fixed. responses are all, int[batch trial pos].
+
+    The last one, a slip found in the wild, is k3 of y = log π − log π_ref, minus x: e^y − y − 1. It
+    looks right, for its minimum is at 0 too. But E[e^y] is 1 + χ² where that of k3 is 1, with
+    χ² = Σ_v π(v)² / π_ref(v) − 1 of a token, summed over pos. So on policy its mean is χ² − KL, and
+    its gradient E[(e^y − 1) ∇log π] = ∇χ²/2.
+    """
+    models = old_model, model, ref_model
+    every = [gs.compute_log_probs(prompts, responses, m) for m in models]  # [run batch trial pos]
+    probs = every[0].detach().sum(dim=-1).exp()  # [run batch trial], of π_old
+    # [run batch trial 1 1 pos], every response alone, as in measure_ratios
+    old, new, ref = (log_probs[..., None, None, :] for log_probs in every)
+    estimates = {k: gs.compute_kl_penalty(new, ref, k, old) for k in gs.KL_ESTIMATORS}
+    y = every[1] - every[2].detach()  # [run batch trial pos]
+    estimates["k3 with the ratio upside down"] = (y.exp() - y - 1).sum(dim=-1)  # [run batch trial]
+    log_probs, ref_log_probs = (m(prompts).log_softmax(dim=-1) for m in (model, ref_model))
+    chi2 = (2 * log_probs - ref_log_probs).exp().sum(dim=-1) - 1  # [run batch pos]
+    chi2 = chi2.sum(dim=-1).mean(dim=-1)  # [run], χ²(π ‖ π_ref)
+    kl = compute_exact_kl(prompts, model, ref_model)  # [run], KL(π ‖ π_ref)
+    reverse = compute_exact_kl(prompts, ref_model, model)  # [run], KL(π_ref ‖ π)
+    targets = {"error_to_ref": kl, "error_from_ref": reverse, "error_chi2": chi2 / 2}
+    targets = {name: flat_gradient(x, model) for name, x in targets.items()}  # each [run params]
+    rows = {}
+    for label, estimate in estimates.items():
+        value = (probs * estimate).sum(dim=-1)  # [run batch]
+        variance = (probs * estimate**2).sum(dim=-1) - value**2  # [run batch]
+        gradient = expected_gradient(estimate, probs, model)  # [run params]
+        row = {name: (gradient - x).norm(dim=-1) / x.norm(dim=-1) for name, x in targets.items()}
+        row["moved"] = compute_exact_kl(prompts, old_model, model)  # [run], as all of row
+        row["value"], row["value_to_chi2"] = (value.mean(dim=-1) / x for x in (kl, chi2 - kl))
+        row["spread"] = variance.mean(dim=-1).sqrt() / kl
+        rows["6c", label + (", off policy" if old_model is not model else "")] = row
+    return rows
+
+
+def measure_baselines():
+    """Table 6e: the baseline of least variance, for two actions whose policy has a single logit.
+
+    The variance of (R − b) s with the score s = ∇log π is E[s² (R − b)²] − (∇J)². Its derivative by
+    b is 0 at b = E[s² R] / E[s²]. With ∇π, as it is often quoted, it is another number.
+    """
+    probs, rewards = torch.tensor([0.8, 0.2]), torch.tensor([11.0, 9.0])  # both [action]
+    score = torch.tensor([0.2, -0.8])  # [action], ∇log π by the logit: 1 − π and −π
+    weights = {"0": torch.zeros(2), "E[R]": torch.ones(2)}  # each [action]
+    weights |= {"E[(∇π)² R] / E[(∇π)²]": (probs * score) ** 2}
+    weights |= {"E[(∇log π)² R] / E[(∇log π)²]": score**2}
+    rows = {}
+    for label, weight in weights.items():  # b = E[weight · R] / E[weight]
+        b = (probs * weight) @ rewards / (probs @ weight).clamp(min=1e-30)
+        update = (rewards - b) * score  # [action], the estimate from one sample
+        variance = probs @ (update - probs @ update) ** 2
+        rows["6e", label] = {"baseline": b.view(1), "variance": variance.view(1)}
+    return rows
+
+
+def measure_gradients(num_runs, seed, group_size=4):
+    """All of experiment 6 → {(table, label): {metric: float[run]}}.
+
+    The policies are those of `num_runs` recipes stopped after five epochs, when the prompts have
+    come to differ in difficulty; the reference is each run's initial policy. Off policy, π is the
+    policy one epoch later: after ten inner steps on responses sampled by π_old.
+    """
+    prompts = torch.tensor(gs.CLASSIC_PROMPTS)  # [batch pos]
+    recipe = gs.RECIPE | dict(num_runs=num_runs, seed=seed)
+    model, later = (gs.run_policy_gradient(**recipe, num_epochs=n).model for n in (5, 6))
+    generator = torch.Generator().manual_seed(seed)  # as those trainings began
+    initial = gs.Model(5, 10, 3, 3, gs.RECIPE["init_scale"], num_runs, generator)
+    responses = enumerate_responses(5, 3)  # [trial pos]
+    everywhere = responses.expand(len(prompts), -1, -1)  # [batch trial pos]
+    rewards = gs.sort_distance_reward(prompts, everywhere)  # [batch trial]
+    log_probs = gs.compute_log_probs(prompts, everywhere, model)  # [run batch trial pos]
+    probs = log_probs.sum(dim=-1).exp().detach()  # [run batch trial], sums to 1 over trial
+    scores = compute_scores(prompts, responses, model)  # [run batch trial params]
+    exact = torch.einsum("rbt,rbtp->rp", probs * rewards, scores) / len(prompts)  # [run params], ∇J
+
+    rows = {}
+    for mode in gs.DELTAS:
+        mean, variance = expected_update(probs, rewards, scores, mode, group_size)
+        cosine = F.cosine_similarity(mean, exact, dim=-1)  # [run]
+        length, noise = mean.norm(dim=-1) / exact.norm(dim=-1), variance.sqrt() / mean.norm(dim=-1)
+        rows["6a", mode] = {"cosine": cosine, "length": length, "noise": noise}
+    rows |= measure_ratios(log_probs, probs, rewards, exact, model)
+    rows |= measure_estimators(prompts, everywhere, model, model, initial)
+    rows |= measure_estimators(prompts, everywhere, model, later, initial)
+    return rows | measure_baselines()
+
+
+# Untrained policies and unseen prompts (experiments 2a and 5) =====================================
+
+
+def measure_starts(num_runs, seed):
+    """Table 2a: how decided the untrained policy is, at two embedding scales, as in 6."""
+    prompts, rows = torch.tensor(gs.CLASSIC_PROMPTS), {}
+    for scale in (1.0, 0.1):
+        model = gs.Model(5, 10, 3, 3, scale, num_runs, torch.Generator().manual_seed(seed))
+        top = model(prompts).softmax(dim=-1).amax(dim=-1)  # [run batch pos], the likeliest token
+        entropy = gs.compute_entropy(prompts, model)  # [run]
+        rows["2a", f"init_scale {scale}"] = {"entropy": entropy, "top": top.mean(dim=(-2, -1))}
+    return rows
+
+
+def train_on_answers(prompts, objective, num_epochs, batch_size, entropy_bonus, seed, **_):
+    """The model of gs.UNSEEN, shown the sorted answers: steps without any sampled response.
+
+    objective "log_likelihood" is cross-entropy, the mean log π(right token); "expected_reward" is
+    the mean π(right token), the expected distance reward / n: what RL climbs, without its noise.
+    prompts int[run prompt pos], from which batches are drawn → Model
+    """
+    num_runs, _, length = prompts.shape
+    generator = torch.Generator().manual_seed(seed)
+    dim, scale = gs.UNSEEN["embedding_dim"], gs.UNSEEN["init_scale"]
+    model = gs.Model(int(prompts.max()) + 1, dim, length, length, scale, num_runs, generator)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    for epoch in range(num_epochs):
+        remaining = 1 - epoch / num_epochs
+        optimizer.param_groups[0]["lr"] = gs.UNSEEN["learning_rate"] * remaining
+        batch = gs.draw_batch(prompts, batch_size, num_runs, generator)  # [run batch pos]
+        answers = batch.sort(dim=-1).values.unsqueeze(-2)  # [run batch 1 pos]
+        log_probs = gs.compute_log_probs(batch, answers, model)  # [run batch 1 pos]
+        climbed = log_probs if objective == "log_likelihood" else log_probs.exp()
+        climbed = climbed.mean(dim=(-3, -2, -1))  # [run]
+        if entropy_bonus:
+            climbed = climbed + entropy_bonus * remaining * gs.compute_entropy(batch, model)
+        optimizer.zero_grad()
+        (-climbed).sum().backward()
+        optimizer.step()
+    return model
+
+
+@torch.no_grad()
+def describe_errors(train, model):
+    """What a model still has wrong: int[run prompt pos] → {"left": text, "worst": text}.
+
+    left: how likely is the right token where the likeliest is another, on the training prompts?
+    worst: which numbers, of all prompts, are sorted wrongly in most runs and orders?
+    """
+    probs = model(train).softmax(dim=-1)  # [run prompt pos vocab]
+    answers = train.sort(dim=-1).values.unsqueeze(-1)  # [run prompt pos 1]
+    wrong = probs.argmax(dim=-1, keepdim=True) != answers  # [run prompt pos 1]
+    left = probs.gather(-1, answers)[wrong]  # float[any number]
+    prompts = enumerate_responses(probs.shape[-1], train.shape[-1])  # [prompt pos]
+    wrong_in = 1 - gs.sorts_greedily(prompts, model).float().mean(dim=0)  # [prompt], share of runs
+    # All orders of the same numbers are one kind: [kind pos], [prompt]
+    kinds, kind = prompts.sort(dim=-1).values.unique(dim=0, return_inverse=True)
+    rate = torch.zeros(len(kinds)).index_add(0, kind, wrong_in) / kind.bincount()  # [kind]
+    top = [i for i in rate.argsort(descending=True).tolist()[:4] if rate[i] > 0]
+    worst = [f"{' '.join(map(str, kinds[i].tolist()))} ({rate[i]:.0%})" for i in top]
+    left = f"{left.median():.0e}" if len(left) else "none"
+    return {"left": left, "worst": ", ".join(worst) or "none"}
+
+
+def measure_unseen(table, label, settings):
+    """A row of experiment 5, trained with rewards or, with an objective, on the answers."""
+    if "objective" in settings:
+        parts = gs.split_prompts(*settings["split"], settings["num_runs"], settings["seed"])
+        train, model = parts[0], train_on_answers(parts[0], **settings)
+        right = [gs.sorts_greedily(x, model).float().mean(dim=-1) for x in parts]  # each [run]
+        measured = dict(zip(("exact_match", "unseen"), right))
+    else:
+        measured = gs.measure(settings)
+        result = measured.pop("result")
+        train, model = result.prompts, result.model
+    return make_row(table, label, measured | describe_errors(train, model), settings)
+
+
+# The plan and its tables ==========================================================================
+# fmt: off
+TITLES = {t[0].split(".")[0]: t[0] for tables in gs.EXPERIMENTS.values() for t in tables}
+TITLES |= {
+    "2a": "2a. The untrained policy",
+    "3": "3. The recipe with every delta and loss: exact match, %",
+    "5b": "5b. 5 numbers from 10: train on 20,000 prompts, test on the other 80,000",
+    "6a": "6a. The expected update of each delta against the true gradient ∇J, exact, G = 4",
+    "6b": "6b. The expected update with each ratio, exact",
+    "6c": "6c. KL estimators, exact: mean and std as multiples of KL(π ‖ π_ref), gradient error",
+    "6e": "6e. The optimal baseline: two actions, π = 0.8 and 0.2, rewards 11 and 9, exact",
+}
+gs.COLUMNS |= {  # metric: (heading, factor, decimals)
+    "top": ("likeliest token, %", 100, 0),
+    "cosine": ("cosine with ∇J", 1, 4), "length": ("length / that of ∇J", 1, 3),
+    "noise": ("noise / length", 1, 2), "moved": ("KL(π_old ‖ π), nats", 1, 2),
+    "value": ("mean", 1, 3), "value_to_chi2": ("mean / (χ² − KL)", 1, 3), "spread": ("std", 1, 2),
+    "error_to_ref": ("off ∇KL(π ‖ π_ref)", 1, 3), "error_from_ref": ("off ∇KL(π_ref ‖ π)", 1, 3),
+    "error_chi2": ("off ∇χ²(π ‖ π_ref)/2", 1, 3),
+    "baseline": ("b", 1, 1), "variance": ("variance of the update", 1, 2),
+}
+# of table 3: how the label of a row ends, with each reward
+LABELS = {r: "" if r == "distance" else f", {f.__name__}" for r, f in gs.REWARDS.items()}
+GRID = [
+    dict(deltas_mode=d, loss_mode=m) | (dict(reward_fn=gs.REWARDS[r]) if LABELS[r] else {})
+    for r in LABELS for d in gs.CHOICES["deltas_mode"] for m in gs.LOSSES
+    if d in gs.DELTAS or r == "distance"
+]
+NORMALIZED = dict(deltas_mode="normalized_rewards")
+MORE_UNSEEN = [  # of table 5a, what grpo_sort.py does not have
+    NORMALIZED | dict(entropy_bonus=0.5), dict(embedding_dim=10),
+    dict(deltas_mode="process"), dict(deltas_mode="process", entropy_bonus=2.0),
+    dict(num_steps_per_epoch=10, num_epochs=100),  # as many steps, on a tenth of the samples
+]
+LARGE = dict(split=(10, 5, 20_000), num_epochs=5000, batch_size=128, num_runs=8)
+LARGE_ROWS = {  # of table 5b, labels as in 5a
+    "base": {}, "entropy_bonus 0.0": dict(entropy_bonus=0.0), "normalized_rewards": NORMALIZED,
+}
+ANSWERS = {  # of both, trained without sampling
+    "cross-entropy on the answers": dict(objective="log_likelihood", entropy_bonus=0.0),
+    "exact expected reward": dict(objective="expected_reward", entropy_bonus=0.0),
+    "exact expected reward, entropy bonus": dict(objective="expected_reward", entropy_bonus=0.25),
+}
+# fmt: on
+
+
+def make_row(table, label, measured, settings):
+    """A row for results.json: tensors as lists of numbers, the rest as it is."""
+    settings = {k: getattr(x, "__name__", x) for k, x in sorted(settings.items())}
+    numbers = {k: x for k, x in measured.items() if torch.is_tensor(x)}
+    numbers = {k: x.double().round(decimals=6).tolist() for k, x in numbers.items()}
+    return {"table": table, "label": label} | measured | numbers | {"settings": settings}
+
+
+def find_grid(rows):
+    """Exact match in experiment 3 → {reward: {delta: [values of each loss]}}"""
+    found = {row["label"]: row["exact_match"] for row in rows if row["table"] == TITLES["3"]}
+    return {
+        reward: {
+            d: [found[f"{d}, {m}{end}"] for m in gs.LOSSES if f"{d}, {m}{end}" in found]
+            for d in gs.CHOICES["deltas_mode"]
+        }
+        for reward, end in LABELS.items()
+    }
+
+
+def format_table(rows, gs_format_table=gs.format_table):
+    """The lines of a Markdown table, with the texts of experiment 5 and 3 as a matrix a reward."""
+    if rows[0]["table"] != TITLES["3"]:
+        texts = [("median π(right token) where wrong", "most often wrong"), ("---", "---")]
+        texts += [(row.get("left", ""), row.get("worst", "")) for row in rows]
+        texts = [f" {a} | {b} |" if rows[0]["table"][0] == "5" else "" for a, b in texts]
+        return [line + text for line, text in zip(gs_format_table(rows), texts)]
+    lines = []
+    for reward, deltas in find_grid(rows).items():
+        table = [[f"{reward.replace('_', '-')} reward", *gs.LOSSES], ["---"] * 6]
+        for delta, cells in deltas.items():
+            table += [[delta, *(gs.format_cell(x, "exact_match") for x in cells)]] if cells else []
+        lines += [f"| {x[0]:<36} |" + "".join(f" {y:<14} |" for y in x[1:]) for x in table] + [""]
+    return lines
+
+
+# The run and its plots ============================================================================
+
+
+def draw_plots(rows, out):
+    """grid.png of experiment 3, and curves.png of gs.draw_plots for experiment 1 and the recipe."""
+    import matplotlib.pyplot as plt
+
+    # the palette of Okabe and Ito, distinguishable with every kind of colour vision
+    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7"])
+    recipe = [row | {"label": "the recipe"} for row in rows if row["table"] == TITLES["2b"]][-1]
+    classic = [row for row in rows if row["table"] == TITLES["1"]]
+    gs.draw_plots([*classic, recipe | {"table": "0."}], out)
+
+    figure, axes = plt.subplots(1, 3, figsize=(10.6, 3.8), sharey=True, layout="constrained")
+    for axis, (reward, deltas) in zip(axes, find_grid(rows).items()):
+        cells = [[100 * gs.mean_and_interval(x)[0] for x in row] for row in deltas.values()]
+        cells = [row or [math.nan] * len(gs.LOSSES) for row in cells]  # not measured
+        for y, x in itertools.product(range(len(deltas)), range(len(gs.LOSSES))):
+            colour = "white" if cells[y][x] < 60 else "black"
+            text = f"{cells[y][x]:.0f}".replace("nan", "")
+            axis.text(x, y, text, ha="center", va="center", color=colour)
+        image = axis.imshow(cells, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+        axis.set_xticks(range(len(gs.LOSSES)), gs.LOSSES, rotation=30)
+        axis.set_yticks(range(len(deltas)), deltas)
+        axis.set(title=f"{reward.replace('_', '-')} reward", xlabel="loss")
+    axes[0].set_ylabel("delta")
+    figure.colorbar(image, ax=axes, label="sorted after 100 epochs, greedy, %")
+    figure.savefig(out / "grid.png", dpi=150)
+
+
+def prepare():
+    """What each process needs, as in gs.main."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+
+
+def run_study(out, **common):
+    """Measure everything and write it to the folder `out`; common: settings for all rows."""
+    out.mkdir(parents=True, exist_ok=True)
+    gs.format_table = format_table  # gs.run_tables writes after every row
+    common = dict(seed=0) | common
+    title, base, changes = gs.EXPERIMENTS[5][0]
+    tables = [*gs.EXPERIMENTS[1], *gs.EXPERIMENTS[2], (TITLES["3"], gs.RECIPE, GRID)]
+    tables += [*gs.EXPERIMENTS[4], (title, base, changes + MORE_UNSEEN)]
+    small = {name: base[name] for name in LARGE}
+    plan = [(TITLES["5b"], label, LARGE | x | common) for label, x in ANSWERS.items()]
+    plan += [(TITLES["5b"], label, base | LARGE | x | common) for label, x in LARGE_ROWS.items()]
+
+    def collect(*_):  # called after every epoch
+        while waiting and waiting[0].ready():
+            results.append(waiting.pop(0).get())
+
+    # Table 5b is half of the work: a second process.
+    with multiprocessing.get_context("spawn").Pool(1, prepare) as pool:
+        results, waiting = [], [pool.apply_async(measure_unseen, row) for row in plan]
+        exact = dict(num_runs=common.get("num_runs", 32), seed=common["seed"])
+        for (key, label), row in (measure_starts(**exact) | measure_gradients(**exact)).items():
+            # settings like no training's: gs.run_tables takes rows with equal settings for the same
+            results.append(make_row(TITLES[key], label, row, exact | {"trained": False}))
+        results += [measure_unseen(title, k, small | x | common) for k, x in ANSWERS.items()]
+        gs.run_tables(tables, out, results, collect, **common)
+        for row in results:
+            if row["table"] == title and "result" in row:
+                row |= describe_errors(row["result"].prompts, row["result"].model)
+        for row in [None, *waiting]:
+            results += [row.get()] if row else []
+            gs.write_results(sorted(results, key=lambda row: row["table"]), out)
+    draw_plots(results, out)
+
+
+if __name__ == "__main__":
+    prepare()
+    run_study(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE)
