@@ -65,6 +65,8 @@ from tqdm import tqdm
 
 def sort_step_rewards(prompts, responses):
     """1 for each right position: int[batch pos], int[batch trial pos] → float[batch trial pos]"""
+    if responses.shape[-1] != prompts.shape[-1]:  # would be broadcast
+        raise ValueError(f"responses have {responses.shape[-1]} tokens, not {prompts.shape[-1]}")
     return (responses == prompts.sort(dim=-1).values.unsqueeze(-2)).float()
 
 
@@ -521,7 +523,7 @@ def check_settings(prompts, **settings):
                 f"{name} must be {'at least' if lowest == 0 else 'above'} 0, not {value}"
             )
     prompts = torch.as_tensor(prompts)
-    if prompts.dim() not in (2, 3) or prompts.is_floating_point():
+    if prompts.dim() not in (2, 3) or prompts.numel() == 0 or prompts.is_floating_point():
         raise ValueError("prompts must be whole numbers, [batch pos] or [run batch pos]")
     if prompts.dim() == 3 and len(prompts) != settings["num_runs"]:
         raise ValueError(f"prompts has {len(prompts)} runs, num_runs is {settings['num_runs']}")

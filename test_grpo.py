@@ -1030,6 +1030,9 @@ TOKENS, GROUP = torch.ones(2, 3, 4), torch.ones(2, 3)  # [batch trial pos], [bat
     lambda: gs.compute_kl_penalty(TOKENS, TOKENS, "k4"),
     lambda: gs.compute_kl_penalty(TOKENS, GROUP),
     lambda: gs.compute_kl_penalty(GROUP, GROUP),
+    lambda: gs.compute_kl_penalty(TOKENS, TOKENS, "k3_weighted", GROUP),
+    lambda: gs.sort_distance_reward(PROMPTS, torch.ones(3, 4, 1)),
+    lambda: gs.exact_sort_reward(PROMPTS, torch.ones(3, 4, 1)),
     lambda: gs.compute_gae(TOKENS, GROUP),
 ])  # fmt: skip
 def test_functions_refuse_what_cannot_work(call):
