@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Measures what the README says of grpo_sort.py, and makes everything else in this folder:
 
-    python results/sort/study.py [DIR]      11 minutes on two quiet cores, up to 16 if one is busy
+    python results/sort/study.py [DIR]      two processes; 22 minutes on a busy two-core machine
 
 Experiments 1 to 5 are those of grpo_sort.py with more rows, 2a is the untrained policy, 6 is theory
 checked by enumeration. Rows are written to results.json and tables.md as they are measured. Shapes
