@@ -33,9 +33,12 @@ import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import re
+import signal
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -204,11 +207,10 @@ def sorts_greedily(prompts, model):
 # standard deviation: every prompt counts alike, whatever the scale and spread of its rewards. The
 # price: the update no longer points exactly along ∇J (cosine 0.997, table 6a), and tiny differences
 # become full-size δ. MaxRL (max_likelihood) divides by the mean instead, the success rate if
-# rewards are 0 and 1. Rarely solved prompts then weigh more: large groups climb log J, as ∇log J =
-# ∇J / J.
+# rewards are 0 and 1. Rarely solved prompts then weigh more: large groups climb log J.
 
-# With ten inner steps and the clipped loss (6, 10), a baseline lifts exact match from 75 % to 100
-# %. Which baseline it is hardly matters (table 3).
+# With the recipe of section 10 a baseline lifts exact match from 75 % to 100 %. Which baseline it
+# is hardly matters (table 3).
 
 
 def compute_deltas(rewards, mode):
@@ -310,9 +312,6 @@ def compute_loss(log_probs, deltas, mode, old_log_probs=None, epsilon=0.2, epsil
     log_probs, old_log_probs float[batch trial pos]; deltas float[batch trial], one for a response,
     or float[batch trial pos], one for a token; mode is one of LOSSES. Raises ValueError for an
     unknown mode or shapes that do not fit. Needs: torch.
-
-    With padding, GRPO takes means over tokens, (x · mask).sum(-1) / mask.sum(-1). DAPO divides the
-    sum over all tokens by their number, Dr. GRPO by a constant.
     """
     if deltas.shape not in (log_probs.shape[:-1], log_probs.shape):
         shapes = f"{list(deltas.shape)} with log_probs {list(log_probs.shape)}"
@@ -488,26 +487,18 @@ def compute_gae(token_rewards, values, gamma=1.0, lam=0.95):
 
 # 10. The training loop ============================================================================
 
-# for every epoch: sample a group of responses to every prompt with the current policy, π_old
-#                  reward them, turn rewards into deltas
-#     for every inner step, on the same samples:
-#                  the log-probabilities now → loss (+ KL penalty − entropy bonus) → a step of Adam
-
-# All runs are trained at once, on the sum of their losses. None influences another.
+# Every epoch samples a group of responses to every prompt with the current policy, π_old, turns
+# their rewards into deltas, and takes several gradient steps on these same samples. All runs are
+# trained at once, on the sum of their losses; none influences another.
 
 # What experiment 2 arrives at. The defaults of run_policy_gradient are the classic settings.
 RECIPE = dict(
-    init_scale=0.1,
-    deltas_mode="normalized_rewards",
-    loss_mode="clipped",
-    reward_fn=sort_distance_reward,
-    learning_rate=5e-3,
+    init_scale=0.1, deltas_mode="normalized_rewards", loss_mode="clipped",
+    reward_fn=sort_distance_reward, learning_rate=5e-3,
+)  # fmt: skip
+CHOICES = dict(
+    deltas_mode=(*DELTAS, "process", "gae"), loss_mode=LOSSES, kl_estimator=KL_ESTIMATORS
 )
-CHOICES = {
-    "deltas_mode": (*DELTAS, "process", "gae"),
-    "loss_mode": LOSSES,
-    "kl_estimator": KL_ESTIMATORS,
-}
 
 
 def check_settings(prompts, **settings):
@@ -519,9 +510,8 @@ def check_settings(prompts, **settings):
     for name, value in settings.items():
         lowest = 0 if name in may_be_0 else 1e-12
         if isinstance(value, (int, float)) and not lowest <= value < math.inf:
-            raise ValueError(
-                f"{name} must be {'at least' if lowest == 0 else 'above'} 0, not {value}"
-            )
+            bound = "above 0" if lowest else "at least 0"
+            raise ValueError(f"{name} must be {bound}, not {value}")
     prompts = torch.as_tensor(prompts)
     if prompts.dim() not in (2, 3) or prompts.numel() == 0 or prompts.is_floating_point():
         raise ValueError("prompts must be whole numbers, [batch pos] or [run batch pos]")
@@ -641,7 +631,6 @@ def run_policy_gradient(
         if epoch % compute_ref_model_period == 0:  # (!7) frozen, and not the model's own tensors
             ref_model = copy.deepcopy(model).requires_grad_(False)
 
-        # The rollout: constants until the next epoch.
         batch = draw_batch(prompts, batch_size, num_runs, generator)  # [run batch pos]
         responses = generate_responses(batch, model, num_responses, generator)
         rewards = compute_reward(batch, responses, reward_fn)  # [run batch trial]
@@ -681,24 +670,21 @@ def run_policy_gradient(
 
 # 11. Experiments (the algorithm ends here) ========================================================
 
-# A table is data: (title, base settings, changes). Each change makes a row: the base with these
-# settings changed, trained in 32 runs side by side, each with its own weights and samples. Where
-# the base is None, each change is added to the row above.
+# A table is data: (title, base settings, changes). Each change of the base makes a row of 32 runs.
+# Where the base is None, each change is added to the row above.
 
 # In short: (1) the classic settings sort 6 to 12 %, (2) the recipe 100 %. (4) Groups of 2 are too
 # small (19 of 32 runs sort all), 8 is enough. PPO does as well as GRPO, if λ is near 1. A KL
 # penalty is harmless, except k1, which is not 0 off policy (5 of 32). target_kl only slows the
 # recipe down. (5) Of unseen prompts 99.5 % are sorted, 89.75 % without the entropy bonus: what has
-# become improbable is no longer sampled. max_likelihood mends that too (98 %, centred 89.5 %, table
-# 5a).
+# become improbable is no longer sampled. max_likelihood mends that too (98 %, centred 89.5 %).
 # fmt: off
 
-# The best settings found for unseen prompts.
-UNSEEN_RECIPE = RECIPE | dict(
+# The best settings found for unseen prompts. split: of split_prompts
+UNSEEN = RECIPE | dict(
     embedding_dim=32, deltas_mode="centered_rewards", num_responses=64, num_steps_per_epoch=1,
-    learning_rate=3e-3, entropy_bonus=0.25, anneal=True)
-# split is (vocab_size, length, num_train) for split_prompts
-UNSEEN = UNSEEN_RECIPE | dict(split=(5, 3, 100), num_epochs=1000, batch_size=32, num_runs=16)
+    learning_rate=3e-3, entropy_bonus=0.25, anneal=True,
+    split=(5, 3, 100), num_epochs=1000, batch_size=32, num_runs=16)
 EXACT = dict(reward_fn=exact_sort_reward)
 MAX_LIKELIHOOD = EXACT | dict(deltas_mode="max_likelihood")
 EXPERIMENTS = {
@@ -759,7 +745,7 @@ def split_prompts(vocab_size, length, num_train, num_runs, seed):
 
 
 def measure(settings, on_epoch=None):
-    """Train one row of a table → {metric: list[run], "result": of run_policy_gradient}"""
+    """Train one row of a table → {metric: list[run], "curves": of run_policy_gradient, as lists}"""
     settings, unseen = dict(settings), None
     if split := settings.pop("split", None):
         settings["prompts"], unseen = split_prompts(*split, settings["num_runs"], settings["seed"])
@@ -773,7 +759,7 @@ def measure(settings, on_epoch=None):
     else:
         row["unseen"] = sorts_greedily(unseen, result.model).float().mean(dim=-1)
     row = {name: [round(x, 6) for x in values.tolist()] for name, values in row.items()}
-    return row | {"result": result}
+    return row | {"curves": {name: curve.tolist() for name, curve in result.curves.items()}}
 
 
 def mean_and_interval(values):
@@ -808,7 +794,7 @@ def format_table(rows):
 
 def write_results(results, out):
     """All rows to out/results.json and out/tables.md; temporary files, so never half a file."""
-    rows = [{name: x for name, x in row.items() if name != "result"} for row in results]
+    rows = [{name: x for name, x in row.items() if name != "curves"} for row in results]
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     text = {"results.json": f'{{"torch": "{torch.__version__}", "rows": [\n{lines}\n]}}\n'}
     text["tables.md"] = ""
@@ -820,49 +806,57 @@ def write_results(results, out):
         (out / f"{name}.tmp").replace(out / name)
 
 
-def run_tables(tables, out, results, on_epoch=None, **common):
-    """Measure, print and write the rows of tables, equal ones once. common: seed, num_runs"""
-    with tqdm(total=sum(len(changes) for *_, changes in tables), unit="row", disable=None) as bar:
-        for title, base, changes in tables:
-            bar.write(f"\n## {title}\n")
-            settings, rows = {}, []
-            for change in changes:
-                settings = (settings if base is None else base) | change
-                full = dict(num_runs=32) | settings | common
-                key = {k: getattr(x, "__name__", x) for k, x in sorted(full.items())}
-                label = ", ".join(
-                    key[k] if isinstance(key[k], str) else f"{k} {key[k]}" for k in change
-                )
-                bar.set_description(label)
-                equal = [row for row in results if row["settings"] == key]
-                row = equal[0] if equal else measure(full, on_epoch) | {"settings": key}
-                label = ("+ " if base is None else "") + label if change else "base"
-                rows.append(row | {"table": title, "label": label})
-                write_results(results + rows, out)
-                bar.write("\n".join(format_table(rows)[0 if len(rows) == 1 else -1 :]))
-                bar.update()
-            results += rows
+def run_tables(tables, out, results, pool=None, train=None, **common):
+    """Measure, print and write the rows of tables, equal ones once, and add them to results.
+
+    pool: processes that measure rows ahead; train: does it, None: measure; common: seed, num_runs
+    """
+    plan = []  # (title, label, settings to write down, settings to train with)
+    for title, base, changes in tables:
+        settings = {}
+        for change in changes:
+            settings = (settings if base is None else base) | change
+            full = dict(num_runs=32) | settings | common
+            key = {k: getattr(x, "__name__", x) for k, x in sorted(full.items())}
+            label = ", ".join(
+                key[k] if isinstance(key[k], str) else f"{k} {key[k]}" for k in change
+            )
+            label = ("+ " if base is None else "") + label if change else "base"
+            plan.append((title, label, key, full))
+    known = {str(row["settings"]): row for row in results}
+    new = {str(key): full for *_, key, full in plan if str(key) not in known}
+    trained = (pool.imap if pool else map)(train or measure, new.values())
+    rows = []  # of the table so far
+    with tqdm(plan, unit="row", disable=None) as bar:
+        for title, label, key, _ in bar:
+            bar.set_description(label)
+            if str(key) not in known:  # then it is the next of trained
+                known[str(key)] = next(trained) | {"settings": key}
+            rows = [row for row in rows if row["table"] == title]
+            rows.append(known[str(key)] | {"table": title, "label": label})
+            results.append(rows[-1])
+            write_results(results, out)
+            lines = format_table(rows)
+            bar.write("\n".join(lines[-1:] if rows[1:] else [f"\n## {title}\n", *lines]))
 
 
 def draw_plots(results, out):
     """curves.png of the recipe and experiment 1, grid.png of experiment 3, if they are there."""
     try:
-        import matplotlib
+        import matplotlib.pyplot as plt
     except ImportError:
         return print("matplotlib is not installed, so there are no plots: pip install matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt.switch_backend("Agg")  # no window
     names = {"0.": "the recipe", "1.": "classic, {label}"}
     rows = [row for row in results if row["table"][:2] in names]
-    lines = {names[row["table"][:2]].format(**row): row["result"] for row in rows}
+    lines = {names[row["table"][:2]].format(**row): row["curves"] for row in rows}
     if lines:
         figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
         titles = ("loss", "mean reward (of 5, recipe of 3)", "exact match, %")
         for axis, name, title in zip(axes, ("loss", "mean_reward", "exact_match"), titles):
-            for label, result in lines.items():
-                curve = result.curves[name] * (100 if name == "exact_match" else 1)  # [epoch run]
-                mean, half = torch.tensor([mean_and_interval(x) for x in curve.tolist()]).T
+            for label, curves in lines.items():
+                points = torch.tensor([mean_and_interval(runs) for runs in curves[name]])
+                mean, half = points.T * (100 if name == "exact_match" else 1)  # each [epoch]
                 axis.plot(mean, label=label)
                 axis.fill_between(range(len(mean)), mean - half, mean + half, alpha=0.2, lw=0)
             axis.set(title=title, xlabel="epoch (10 gradient steps)")
@@ -928,6 +922,7 @@ def make_parser():
     add("--out", type=Path, default="runs/sort", help="folder to write results to (%(default)s)")
     add("--runs", type=int, help="models side by side (32; 16 in experiment 5)")
     add("--seed", type=int, default=0, help="equal seeds give equal numbers (0)")
+    add("--processes", type=int, default=2, help="rows trained at a time (%(default)s)")
     text = "Any of these trains one variant, prints what it samples, and writes nothing."
     add = parser.add_argument_group("one variant", text).add_argument
     add("--preset", choices=("recipe", "classic"), help="the settings to start from (recipe)")
@@ -950,19 +945,24 @@ def make_parser():
     return parser
 
 
-def main(argv=None):
-    """Run the command line. → exit status"""
+def prepare():
+    """What each process needs."""
     torch.set_num_threads(1)  # the tensors are small: on a busy machine two threads are far slower
     torch.set_flush_denormal(True)  # a converged policy has denormal gradients, which are slow
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that prints
+
+
+def main(argv=None):
+    """Run the command line. → exit status"""
+    prepare()
     parser = make_parser()
     args = parser.parse_args(argv)
     common = dict(seed=args.seed) if args.runs is None else dict(seed=args.seed, num_runs=args.runs)
-    others = ("quick", "experiment", "out", "runs", "seed", "preset")
+    others = ("quick", "experiment", "out", "runs", "seed", "processes", "preset")
     variant = {k: x for k, x in vars(args).items() if x is not None and k not in others}
     if (variant or args.preset) and (args.quick or args.experiment):
         parser.error("--quick and --experiment have their own settings: leave the other flags out")
-    if args.runs is not None and args.runs < 1:
-        parser.error(f"--runs must be at least 1, not {args.runs}")
     if len({len(prompt) for prompt in variant.get("prompts", [])}) > 1:
         parser.error("--prompts must be of one length, such as --prompts 3,2,4 1,2,3")
     if "reward_fn" in variant:
@@ -977,13 +977,16 @@ def main(argv=None):
             )
             return 0
         args.out.mkdir(parents=True, exist_ok=True)
-        results = []
-        if args.experiment is None:
-            print(EXAMPLE)
-            show = functools.partial(show_epoch, count=3)
-            run_tables([("0. The recipe", RECIPE, [{}])], args.out, results, show, **common)
-        numbers = args.experiment or ((1,) if args.quick else (1, 2, 3))
-        run_tables([t for n in numbers for t in EXPERIMENTS[n]], args.out, results, **common)
+        results, Pool = [], multiprocessing.get_context("spawn").Pool
+        with Pool(args.processes, prepare) if args.processes > 1 else nullcontext() as pool:
+            if args.experiment is None:
+                print(EXAMPLE)
+                show = functools.partial(measure, on_epoch=functools.partial(show_epoch, count=3))
+                recipe = [("0. The recipe", RECIPE, [{}])]
+                run_tables(recipe, args.out, results, train=show, **common)
+            numbers = args.experiment or ((1,) if args.quick else (1, 2, 3))
+            tables = [table for n in numbers for table in EXPERIMENTS[n]]
+            run_tables(tables, args.out, results, pool, **common)
         draw_plots(results, args.out)
         print(f"\nwritten to {args.out}: {', '.join(sorted(x.name for x in args.out.iterdir()))}")
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Measures what the README says of grpo_sort.py, and makes everything else in this folder:
 
-    python results/sort/study.py [DIR]      two processes; 22 minutes on a busy two-core machine
+    python results/sort/study.py [DIR]      two processes; 11 minutes on two cores
 
 Experiments 1 to 5 are those of grpo_sort.py with more rows, 2a is the untrained policy, 6 is theory
 checked by enumeration. Rows are written to results.json and tables.md as they are measured. Shapes
@@ -236,11 +236,14 @@ def measure_starts(num_runs, seed):
     return rows
 
 
+CROSS_ENTROPY, EXPECTED_REWARD = "cross-entropy on the answers", "exact expected reward"
+
+
 def train_on_answers(prompts, objective, num_epochs, batch_size, entropy_bonus, seed, **_):
     """The model of gs.UNSEEN, shown the sorted answers: steps without any sampled response.
 
-    objective "log_likelihood" is cross-entropy, the mean log π(right token); "expected_reward" is
-    the mean π(right token), the expected distance reward / n: what RL climbs, without its noise.
+    objective CROSS_ENTROPY is the mean log π(right token); EXPECTED_REWARD is the mean π(right
+    token), the expected distance reward / n: what RL climbs, without its noise.
     prompts int[run prompt pos], from which batches are drawn → Model
     """
     num_runs, _, length = prompts.shape
@@ -254,7 +257,7 @@ def train_on_answers(prompts, objective, num_epochs, batch_size, entropy_bonus, 
         batch = gs.draw_batch(prompts, batch_size, num_runs, generator)  # [run batch pos]
         answers = batch.sort(dim=-1).values.unsqueeze(-2)  # [run batch 1 pos]
         log_probs = gs.compute_log_probs(batch, answers, model)  # [run batch 1 pos]
-        climbed = log_probs if objective == "log_likelihood" else log_probs.exp()
+        climbed = log_probs if objective == CROSS_ENTROPY else log_probs.exp()
         climbed = climbed.mean(dim=(-3, -2, -1))  # [run]
         if entropy_bonus:
             climbed = climbed + entropy_bonus * remaining * gs.compute_entropy(batch, model)
@@ -286,18 +289,25 @@ def describe_errors(train, model):
     return {"left": left, "worst": ", ".join(worst) or "none"}
 
 
-def measure_unseen(table, label, settings):
-    """A row of experiment 5, trained with rewards or, with an objective, on the answers."""
+def measure(settings):
+    """A row as of gs.measure; with a split of the prompts also what is left wrong.
+
+    With an objective in settings the model is trained on the answers instead of rewards.
+    """
+    if "split" not in settings:
+        return gs.measure(settings)
+    others = {k: x for k, x in settings.items() if k != "split"}
+    parts = gs.split_prompts(*settings["split"], settings["num_runs"], settings["seed"])
     if "objective" in settings:
-        parts = gs.split_prompts(*settings["split"], settings["num_runs"], settings["seed"])
-        train, model = parts[0], train_on_answers(parts[0], **settings)
-        right = [gs.sorts_greedily(x, model).float().mean(dim=-1) for x in parts]  # each [run]
-        measured = dict(zip(("exact_match", "unseen"), right))
+        model = train_on_answers(parts[0], **others)
     else:
-        measured = gs.measure(settings)
-        result = measured.pop("result")
-        train, model = result.prompts, result.model
-    return make_row(table, label, measured | describe_errors(train, model), settings)
+        model = gs.run_policy_gradient(**others, prompts=parts[0]).model
+    right = [gs.sorts_greedily(x, model).float().mean(dim=-1) for x in parts]  # each [run]
+    row = {
+        name: x.double().round(decimals=6).tolist()
+        for name, x in zip(("exact_match", "unseen"), right)
+    }
+    return row | describe_errors(parts[0], model)
 
 
 # The plan and its tables ==========================================================================
@@ -335,14 +345,11 @@ MORE_UNSEEN = [  # of table 5a, what grpo_sort.py does not have
     dict(num_steps_per_epoch=10, num_epochs=100),  # as many steps, on a tenth of the samples
 ]
 LARGE = dict(split=(10, 5, 20_000), num_epochs=5000, batch_size=128, num_runs=8)
-LARGE_ROWS = {  # of table 5b, labels as in 5a
-    "base": {}, "entropy_bonus 0.0": dict(entropy_bonus=0.0), "normalized_rewards": NORMALIZED,
-}
-ANSWERS = {  # of both, trained without sampling
-    "cross-entropy on the answers": dict(objective="log_likelihood", entropy_bonus=0.0),
-    "exact expected reward": dict(objective="expected_reward", entropy_bonus=0.0),
-    "exact expected reward, entropy bonus": dict(objective="expected_reward", entropy_bonus=0.25),
-}
+LARGE_ROWS = [{}, dict(entropy_bonus=0.0), NORMALIZED]
+ANSWERS = [  # of both, trained without sampling
+    dict(objective=CROSS_ENTROPY), dict(objective=EXPECTED_REWARD),
+    dict(objective=EXPECTED_REWARD, entropy_bonus=0.25),
+]
 # fmt: on
 
 
@@ -412,46 +419,29 @@ def draw_plots(rows, out):
     figure.savefig(out / "grid.png", dpi=150)
 
 
-def prepare():
-    """What each process needs, as in gs.main."""
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-
-
-def run_study(out, **common):
+def run_study(out, processes=2, **common):
     """Measure everything and write it to the folder `out`; common: settings for all rows."""
     out.mkdir(parents=True, exist_ok=True)
     gs.format_table = format_table  # gs.run_tables writes after every row
     common = dict(seed=0) | common
     title, base, changes = gs.EXPERIMENTS[5][0]
-    tables = [*gs.EXPERIMENTS[1], *gs.EXPERIMENTS[2], (TITLES["3"], gs.RECIPE, GRID)]
-    tables += [*gs.EXPERIMENTS[4], (title, base, changes + MORE_UNSEEN)]
-    small = {name: base[name] for name in LARGE}
-    plan = [(TITLES["5b"], label, LARGE | x | common) for label, x in ANSWERS.items()]
-    plan += [(TITLES["5b"], label, base | LARGE | x | common) for label, x in LARGE_ROWS.items()]
-
-    def collect(*_):  # called after every epoch
-        while waiting and waiting[0].ready():
-            results.append(waiting.pop(0).get())
-
-    # Table 5b is half of the work: a second process.
-    with multiprocessing.get_context("spawn").Pool(1, prepare) as pool:
-        results, waiting = [], [pool.apply_async(measure_unseen, row) for row in plan]
-        exact = dict(num_runs=common.get("num_runs", 32), seed=common["seed"])
+    answers = {name: base[name] for name in LARGE} | dict(entropy_bonus=0.0)
+    tables = [  # the slowest first
+        (TITLES["5b"], answers | LARGE, ANSWERS), (TITLES["5b"], base | LARGE, LARGE_ROWS),
+        (title, answers, ANSWERS), (title, base, changes + MORE_UNSEEN),
+        *gs.EXPERIMENTS[1], *gs.EXPERIMENTS[2], (TITLES["3"], gs.RECIPE, GRID), *gs.EXPERIMENTS[4],
+    ]  # fmt: skip
+    results, exact = [], dict(num_runs=common.get("num_runs", 32), seed=common["seed"])
+    with multiprocessing.get_context("spawn").Pool(processes, gs.prepare) as pool:
         for (key, label), row in (measure_starts(**exact) | measure_gradients(**exact)).items():
             # settings like no training's: gs.run_tables takes rows with equal settings for the same
             results.append(make_row(TITLES[key], label, row, exact | {"trained": False}))
-        results += [measure_unseen(title, k, small | x | common) for k, x in ANSWERS.items()]
-        gs.run_tables(tables, out, results, collect, **common)
-        for row in results:
-            if row["table"] == title and "result" in row:
-                row |= describe_errors(row["result"].prompts, row["result"].model)
-        for row in [None, *waiting]:
-            results += [row.get()] if row else []
-            gs.write_results(sorted(results, key=lambda row: row["table"]), out)
+        gs.run_tables(tables, out, results, pool, measure, **common)
+    results.sort(key=lambda row: row["table"])
+    gs.write_results(results, out)
     draw_plots(results, out)
 
 
 if __name__ == "__main__":
-    prepare()
+    gs.prepare()
     run_study(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE)
