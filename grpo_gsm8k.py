@@ -124,7 +124,8 @@ def build_prompt(question, tokenizer):
 # 2. Rewards =======================================================================================
 # The reward is a program, not a model: right answers can be checked. It is the sum of correctness
 # (2.0 same text, 1.5 same number, else 0) and format (0.2 for each of 4 tags), a foothold. The same
-# text earns more, so that the model learns to write the number alone, without units.
+# text earns more, so that the model learns to write the number alone. (The patterns that follow
+# strip what models write around numbers; on a first reading go on at read_number.)
 
 # Digits, commas and points that begin and end as a number does; read_number judges what is inside.
 NUMBER = r"(?:(?<![\w.])\.)?[0-9](?:[0-9.,]*[0-9])?"
@@ -243,9 +244,9 @@ def combined_reward(completions, answers):
 
 #     π(a_t | s, a_<t) = softmax(logits / temperature)[a_t]      s: the prompt, a_<t: tokens so far
 
-# and from nothing else: the ratios of section 6 assume exactly that. model.generate() follows the
-# habits of a checkpoint (Qwen2.5-1.5B-Instruct: top_k 20, top_p 0.8, repetition_penalty 1.1,
-# temperature 0.7), so the loop is written out here.
+# and from nothing else: the ratios of section 6 assume exactly that. model.generate() would follow
+# the checkpoint's habits (Qwen2.5-1.5B-Instruct: top_k 20, top_p 0.8, repetition_penalty 1.1). Here
+# a group shares one reading of its prompt, and rows that have ended are dropped.
 
 
 def create_completion_mask(completion_ids, eos_token_ids):
@@ -615,7 +616,7 @@ class Settings:
     eval_batch_size: int = setting(128, "completions sampled at a time in an evaluation")
     save_every: int = setting(50, "steps between checkpoints; the last two are kept")
     resume: bool = setting(False, "go on in --output-dir, with its settings; other flags override")
-    eval_only: bool = setting(False, "evaluate the model and leave")
+    eval_only: bool = setting(False, "only evaluate --model (final/ of a run, say)")
     rehearsal: bool = setting(False, "the whole job in miniature, on a CPU, nothing to download")
     seed: int = setting(0, "same seed, same run (on a GPU: except for rounding)")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto needs a GPU")
@@ -623,7 +624,7 @@ class Settings:
 
 def check_settings(settings, num_problems):
     """Raise ValueError for a setting that cannot work, naming its flag."""
-    least = dict(beta=0, eval_every=0, seed=0, num_generations=2)
+    least = dict(beta=0, eval_every=0, seed=0, num_generations=2)  # others 1, floats above 0
     least["eval_examples"] = int(settings.eval_only)
     for name, value in asdict(settings).items():
         lowest = least.get(name, 1 if isinstance(value, int) else 1e-300)
@@ -648,7 +649,6 @@ def evaluate_model(model, tokenizer, problems, max_completion_length=400, batch_
     strict_low, strict_high, lenient, format (share with all tags), finished_fraction, mean_length.
     """
     ends = get_eos_token_ids(model, tokenizer)
-    # Prompts of like length together: less padding.
     mine = sorted(problems[RANK::WORLD_SIZE], key=lambda p: len(p["question"]))
     counts = torch.zeros(5, dtype=torch.float64)  # strict, and `names`
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
@@ -701,8 +701,8 @@ def collect_rollout(model, tokenizer, problems, settings, generator):
     texts, tokens = decode_completions(tokenizer, completion_ids, completion_mask)
     answers = [problem["answer"] for problem in problems for _ in range(G)]
     correctness, form = correctness_reward(texts, answers), format_reward(texts)
-    rewards = {"correctness": correctness, "format": form}.get(settings.reward)
-    rewards = rewards or combined_reward(texts, answers)
+    scores = {"correctness": correctness, "format": form}
+    rewards = scores.get(settings.reward) or combined_reward(texts, answers)
     if settings.supervision == "process":
         steps = [step_rewards(text, answer) for text, answer in zip(texts, answers)]
         steps = [locate_steps(x, row, tokenizer) for x, row in zip(steps, tokens)]
@@ -710,7 +710,7 @@ def collect_rollout(model, tokenizer, problems, settings, generator):
     else:
         # The rewards of all processes together, so that batch_normalized sees the whole step.
         everyone = torch.tensor(gather_lists(rewards)).view(-1, G)  # [batch trial]
-        own = my_share(compute_advantages(everyone, settings.advantage))  # ours of these groups
+        own = my_share(compute_advantages(everyone, settings.advantage))  # this process's groups
         advantages = own.reshape(-1, 1).to(model.device) * completion_mask  # [row pos]
     ends = get_eos_token_ids(model, tokenizer)
     rows = {"reward_mean": rewards, "correctness": correctness, "format": form}
@@ -726,6 +726,7 @@ def collect_rollout(model, tokenizer, problems, settings, generator):
     record = {name: statistics.fmean(values) for name, values in rows.items() if name != "teaches"}
     record["entropy"] /= record["completion_length"]
     record |= {"reward_std": statistics.fmean(spread), "zero_std_groups": sum(silent)}
+    # of the first group the best and the worst, with the advantage of their first token
     graded = sorted(zip(rewards[:G], texts[:G], advantages[:G, 0].tolist()))
     shown = [dict(zip(("reward", "text", "advantage"), x)) for x in (graded[-1], graded[0])]
     sample = {"question": problems[0]["question"], "answer": answers[0], "completions": shown}
@@ -769,6 +770,7 @@ def update_policy(model, reference, optimizer, rollout, settings):
     counts = torch.tensor([len(mask), mask.sum(), len(batches), scored])
     num_rows, num_items, num_batches, num_scored = sum(gather_lists([counts])).tolist()
     options = dict(num_rows=num_rows, num_items=num_items)
+    # and those arguments of grpo_loss that are settings
     for name in inspect.signature(grpo_loss).parameters.keys() & asdict(settings):
         options[name] = getattr(settings, name)
     totals = dict.fromkeys(("loss", "kl", "clip_fraction", "logprob_gap", "grad_norm"), 0.0)
@@ -781,7 +783,7 @@ def update_policy(model, reference, optimizer, rollout, settings):
             inputs = batch["input_ids"], batch["attention_mask"], mask.shape[1]
             log_probs = compute_log_probs(model, *inputs, settings.temperature)  # [row pos]
             if update == 0:
-                # (!6) Nothing has been updated since the sampling, so these are log π_old.
+                # (!6) Before the first update these are log π_old. Later ones (µ > 1) keep them.
                 batch["old"], batch["ref"] = log_probs.detach(), None
                 if settings.beta:
                     with torch.no_grad():  # [row pos]
@@ -791,7 +793,7 @@ def update_policy(model, reference, optimizer, rollout, settings):
             loss, metrics = grpo_loss(log_probs, *constants, **options)
             loss.backward()
             for parameter, master in zip(model.parameters(), masters):
-                if parameter is not master and parameter.grad is not None:
+                if parameter is not master and parameter.grad is not None:  # bfloat16, or offloaded
                     gradient = parameter.grad.to(master.device, torch.float32)
                     master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                     parameter.grad = None
@@ -812,7 +814,7 @@ def update_policy(model, reference, optimizer, rollout, settings):
         else:
             totals["skipped_updates"] += 1
         optimizer.zero_grad(set_to_none=True)
-        for name, value in zip(totals, values):
+        for name, value in zip(totals, values):  # all but skipped_updates
             totals[name] += value / settings.mu
     totals["kl"] = totals["kl"] if settings.beta else math.nan
     # JSON knows neither nan nor inf; skipped_updates says that there was one.
@@ -828,15 +830,15 @@ def update_policy(model, reference, optimizer, rollout, settings):
 #     accuracy             share of completions with the right number in the answer tag
 #     kl                   estimate of KL(π ‖ π_ref) of a token; null if β = 0
 #     entropy              −mean log π of the sampled tokens, in nats; near 0 nothing new is tried
-#     logprob_gap          mean |log π as sampled − log π as scored|, before the first update: only
-#                          rounding, 1e-6 in float32; otherwise these are two policies
+#     logprob_gap          mean |log π as sampled − log π as scored|, before the first update:
+#                          rounding, 1e-6 in float32, more in bfloat16; if large, two policies
 #     clip_fraction        share of tokens whose gradient was clipped; 0 if µ = 1
 #     grad_norm            before clipping; this, loss and kl are means over the µ updates
 #     completion_length    mean, in tokens; if always the maximum, the model never stops
 #     finished_fraction    share that ended with an end token; zero_std_groups: silent groups
 #     skipped_updates      updates left out because a number was not finite
 #     tokens_per_second    completion tokens sampled, over step_seconds, the time of the whole step
-#     peak_memory_bytes    of tensors on the GPU; learning_rate: constant
+#     peak_memory_bytes    of tensors on the GPU of rank 0 since the start; learning_rate: constant
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
 
@@ -903,14 +905,14 @@ def train_with_grpo(model, tokenizer, train_problems, settings, eval_problems=()
                 for completion in sample["completions"]:
                     say(f"  reward {completion['reward']:.1f}: {completion['text']!r}")
             if record["zero_std_groups"] == settings.batch_size:
-                say(f"step {step}: rewards are equal within every group: nothing to learn from")
+                say(f"step {step}: rewards are equal within every group")
             skipped_in_a_row = skipped_in_a_row + 1 if record["skipped_updates"] else 0
             if skipped_in_a_row == 3:
                 text = f"step {step}: three steps in a row had numbers that are not finite"
                 raise TrainingStopped(f"{text}; --resume with a smaller --learning-rate")
             stopping = sum(gather_lists([len(caught)]))
             if RANK == 0 and (step == total or step % settings.save_every == 0 or stopping):
-                save_checkpoint(out, optimizer, reference, step, settings.num_steps)
+                save_checkpoint(out, optimizer, reference, step)
             if stopping and step < total:
                 say(f"stopped after step {step}, all saved; --resume goes on from here")
                 return caught[0] if caught else signal.SIGTERM  # another rank got one
@@ -1054,7 +1056,7 @@ def locate_steps(steps, completion_ids, tokenizer):
 # torchrun starts one process for each GPU. Each samples and learns from its share of the prompts;
 # the gradients are summed by hand, because processes may have different numbers of micro-batches,
 # or none. Together they do what one process would do with the same completions.
-RANK, WORLD_SIZE = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def my_share(items):
@@ -1116,19 +1118,17 @@ def append_line(path, record):
             file.write(json.dumps(record) + "\n")
 
 
-def save_checkpoint(out, optimizer, reference, step, num_steps):
-    """All that --resume needs; random state and data position follow from seed and step. The
-    reference is saved if it is not the model that the run began with. The last two are kept.
-    """
+def save_checkpoint(out, optimizer, reference, step):
+    """All that --resume needs; random state and data position follow from seed and step."""
     masters = [master.detach() for master in optimizer.param_groups[0]["params"]]
     state = {"step": step, "masters": masters, "optimizer": optimizer.state_dict()}
-    state["reference"] = reference.state_dict() if reference and step > num_steps else None
+    state["reference"] = reference.state_dict() if reference else None
     state["log_sizes"] = {name: (out / name).stat().st_size for name in LOGS}
     path = out / "checkpoints" / f"step-{step:06d}"
     with appearing(path) as temporary:
         temporary.mkdir()
         torch.save(state, temporary / "state.pt")
-    for old in sorted(path.parent.glob("step-*"))[:-2]:
+    for old in sorted(path.parent.glob("step-*"))[:-2]:  # the last two are kept
         shutil.rmtree(old)
 
 
@@ -1138,11 +1138,11 @@ def load_checkpoint(out, model, optimizer, reference):
     if not paths:
         return 0, {}
     try:
-        state = torch.load(paths[-1] / "state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(paths[-1] / "state.pt", map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of many kinds
         raise TrainingStopped(f"{paths[-1]} can't be read; delete it? {error}") from error
     masters = optimizer.param_groups[0]["params"]
-    for parameter, master, saved in zip(model.parameters(), masters, state["masters"]):
+    for parameter, master, saved in zip(model.parameters(), masters, state["masters"], strict=True):
         master.data.copy_(saved)
         parameter.data.copy_(saved)
     learning_rate = optimizer.param_groups[0]["lr"]  # may be another than before
