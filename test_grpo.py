@@ -1309,7 +1309,10 @@ def test_erratum_8_checkpointing_in_train_mode_spoils_the_completions():
     new = getattr(policy.train(), "activation_checkpointing_enable", None)  # renamed in 5
     (new or policy.gradient_checkpointing_enable)({"use_reentrant": False})
     ours = gsm.generate_completions(policy, Words(), prompts, 1, 30, 0, [4])[2]
-    spoiled = not torch.equal(honest, policy.generate(ids, **options)[:, ids.shape[1] :])
+    try:
+        spoiled = not torch.equal(honest, policy.generate(ids, **options)[:, ids.shape[1] :])
+    except RuntimeError:  # a mask of another length: 5.0
+        spoiled = True
     version = tuple(int(n) for n in transformers.__version__.split(".")[:2])
     assert torch.equal(ours, honest) and spoiled == (version < (5, 24))
 
