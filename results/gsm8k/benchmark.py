@@ -211,10 +211,8 @@ def run_benchmark(out, name, sizes, jobs, minutes=60):
                 print(f"{what}: failed\n{error}", flush=True)
                 continue
             print(json.dumps(rows[-1]), flush=True)
-            text = json.dumps(
-                {"made_with": MADE_WITH | {"trl": "".join(TRL)}, "rows": rows}, indent=1
-            )
-            (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+            made = {"made_with": MADE_WITH | {"trl": "".join(TRL)}, "rows": rows}
+            (out / f"{name}.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
             text = f"# python results/gsm8k/benchmark.py\n\n{format_benchmark(rows)}\n"
             (out / f"{name}.md").write_text(text, encoding="utf-8")
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Variants and controls of the rehearsal, 80 steps from the same warmed-up model, three seeds:
 
-    python results/gsm8k/study.py [DIR]      two processes, about 30 minutes on two cores
+    python results/gsm8k/study.py [DIR]      two processes, 40 minutes on two busy cores
 
 results.json has the evaluations and settings of each run, tables.md their means, study.png four
 variants by step. Each run is a process of its own with one thread; nothing else sets its numbers.
