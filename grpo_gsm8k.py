@@ -46,6 +46,8 @@ from operator import add, mul, neg, pos, sub, truediv
 from pathlib import Path
 from typing import Literal
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are slow on a busy machine
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -770,7 +772,6 @@ def update_policy(model, reference, optimizer, rollout, settings):
     counts = torch.tensor([len(mask), mask.sum(), len(batches), scored])
     num_rows, num_items, num_batches, num_scored = sum(gather_lists([counts])).tolist()
     options = dict(num_rows=num_rows, num_items=num_items)
-    # and those arguments of grpo_loss that are settings
     for name in inspect.signature(grpo_loss).parameters.keys() & asdict(settings):
         options[name] = getattr(settings, name)
     totals = dict.fromkeys(("loss", "kl", "clip_fraction", "logprob_gap", "grad_norm"), 0.0)
@@ -1424,7 +1425,6 @@ def main(argv=None):
                 # gloo for counts and flags, so that nobody waits for a checkpoint inside NCCL
                 dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
             if settings.rehearsal:
-                torch.set_num_threads(1)  # on a busy machine several are far slower
                 say(f"{EXAMPLE}\n")
             job = prepare(settings, device)
         except ValueError as error:
