@@ -1139,7 +1139,7 @@ def load_checkpoint(out, model, optimizer, reference):
     if not paths:
         return 0, {}
     try:
-        state = torch.load(paths[-1] / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(paths[-1] / "state.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds
         raise TrainingStopped(f"{paths[-1]} can't be read; delete it? {error}") from error
     masters = optimizer.param_groups[0]["params"]
