@@ -2320,7 +2320,12 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(finished_run, tmp_path, monk
     resource.setrlimit(SIZE, limits)
     assert status == 1 and "memory" not in line and [*checkpoints(out)] == [4]
     log, learn = out / "metrics.jsonl", gsm.update_policy
-    full = lambda *inputs: log.unlink() or log.symlink_to("/dev/full") or learn(*inputs)  # noqa: E731
+
+    def full(*inputs):
+        log.unlink()
+        log.symlink_to("/dev/full")
+        return learn(*inputs)
+
     with monkeypatch.context() as patch:
         patch.setattr(gsm, "update_policy", full)
         assert refused(resume(out), capsys)[0] == 1 and [*checkpoints(out)] == [4]
