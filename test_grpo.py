@@ -2016,6 +2016,8 @@ def fork(function, number=1, seconds=60):
 
     def target(rank):
         gsm.RANK, gsm.WORLD_SIZE = rank, number
+        # After a fork the first threads to compute would race for torch's pool of threads.
+        torch.set_num_threads(1)
         if number > 1:
             names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=number, MASTER_PORT=port)
             os.environ.update({k: str(v) for k, v in names.items()}, MASTER_ADDR="localhost")
