@@ -6,7 +6,7 @@ right answer and a few tenths for the format. From that alone it learns.
 
     python grpo_gsm8k.py --rehearsal             all of it in miniature: a CPU, minutes, no download
     python grpo_gsm8k.py                         the full job on one GPU of 80 GB
-    torchrun --nproc-per-node=8 grpo_gsm8k.py    the same on eight; --help lists every setting
+    torchrun --nproc-per-node=8 grpo_gsm8k.py --batch-size 64    on eight; --help lists all settings
 
     1 data, prompts      5 log-probabilities     9 evaluation      12 processes, precision,
     2 rewards            6 loss                 10 training loop      checkpoints, signals
@@ -14,9 +14,8 @@ right answer and a few tenths for the format. From that alone it learns.
     4 advantages         8 settings                                14 command line
 
 grpo_sort.py explains the same algorithm on a small task; read it first if the words are new. The
-policy π is the model in training, π_old the model that sampled, π_ref a frozen copy of the model at
-the start; a group is the completions of one prompt; the advantage Â of a completion says how much
-better its reward was than its group's.
+policy π is the model in training, π_old the one that sampled, π_ref a frozen copy of the start. A
+group is the completions of one prompt, the advantage Â how much better one is than its group.
 
 Shapes are written [row pos]: a row is one completion, pos counts tokens; [batch trial] are the same
 rows by prompt. → means "returns". (!1) to (!8) mark lines that are easy to get wrong. A function
@@ -58,9 +57,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfAr
 
 # 1. The data ======================================================================================
 # GSM8K (arXiv 2110.14168): 7,473 word problems of primary school to train on, 1,319 to test. The
-# worked answer ends with "#### " and a number. Only that number is used: the model must find the
-# way to it. (For answers of another kind change SYSTEM_PROMPT, load_problems, correctness_reward
-# and, in evaluate_model, strict and lenient.)
+# worked answer ends with "#### " and a number, and only that is used. (For answers of another kind
+# change SYSTEM_PROMPT, load_problems, correctness_reward; in evaluate_model strict and lenient.)
 
 SYSTEM_PROMPT = """\
 Solve the problem step by step. Write the steps between <reasoning> and </reasoning>, then the \
@@ -81,7 +79,6 @@ def extract_answer_from_dataset(text):
 
 def load_problems(path=None, split="train"):
     """GSM8K from the hub, or a JSONL file in its format → list of {"question": str, "answer": str}.
-
     The answer is the number after '####', as text. ValueError names the first line that is wrong.
     """
     if path is None:
@@ -218,8 +215,7 @@ def extract_answer_from_model_output(text):
 
 def correctness_reward(completions, answers):
     """2.0 for the same text as the right answer, 1.5 for the same number, otherwise 0.
-    completions, answers: lists of texts → list[float]. Needs: extract_answer_from_model_output,
-    parse_number.
+    Lists of texts → list[float]. Needs: extract_answer_from_model_output, parse_number.
     """
     scores = []
     for completion, answer in zip(completions, answers):
@@ -304,6 +300,63 @@ def sample_tokens(logits, temperature=1.0, generator=None):
     return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
 
 
+# transformers renames past_key_values in 5.24 and will no longer know it in 5.40.
+arguments = inspect.signature(transformers.Qwen2ForCausalLM.forward).parameters
+CACHE = "cache" if "cache" in arguments else "past_key_values"
+
+
+class GraphDecoder(DynamicCache):
+    """Decoding in fixed shapes, on a GPU as a CUDA graph. Needs: torch, F, DynamicCache, CACHE.
+    A token of Qwen2.5-1.5B is a thousand small kernels. Launched one by one from Python they took
+    85 ms on an H100; recorded as a graph and replayed, 7. A graph always uses the same memory: so
+    there is room for all tokens from the start, and weights may only be changed in place.
+    """
+
+    model, rows, room, run = None, 0, 0, None
+
+    def update(self, keys, values, layer_idx, *_, **__):
+        """Each layer's keys and values [row head 1 dim] of a token → of all, the rest masked."""
+        own = self.kept[2 * layer_idx : 2 * layer_idx + 2]  # two [row head room dim]
+        return [x.index_copy_(2, self.column, new) for x, new in zip(own, (keys, values))]
+
+    def start(self, model, cache, mask, position, num_new):
+        """Go on from prompts in a DynamicCache: mask int[row prompt_pos], position int[row 1]."""
+        rows, used = mask.shape
+        read = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+        if not self.run or (model, rows) != (self.model, self.rows) or used + num_new > self.room:
+            self.run = self.kept = self.logits = None  # frees their memory
+            self.model, self.rows, self.room = model, rows, (used + num_new + 255) // 256 * 256
+            self.kept = [F.pad(x, (0, 0, 0, self.room - used)) for x in read]
+            self.visible = mask.new_zeros(rows, 1, 1, self.room, dtype=torch.bool)
+            self.token, self.position = torch.zeros_like(position), position.clone()  # [row 1]
+            self.column = position.new_zeros(1)  # where the next token's keys and values go
+            self.run = self.step
+            if mask.is_cuda:
+                self.step()  # what libraries set up when first used can't be recorded
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    self.step()
+                self.run = graph.replay
+        for x, new in zip(self.kept, read):
+            x.copy_(F.pad(new, (0, 0, 0, self.room - used)))
+        self.visible.zero_()[..., :used] = mask[:, None, None]  # [row 1 1 room]
+        self.position.copy_(position)
+        self.column.fill_(used)
+
+    def step(self):
+        self.visible.index_fill_(-1, self.column, True)
+        self.position += 1
+        inputs = dict(attention_mask=self.visible, position_ids=self.position, use_cache=True)
+        self.logits = self.model(self.token, **inputs, **{CACHE: self}).logits[:, -1]
+        self.column += 1
+
+    def decode(self, token):
+        """Sampled tokens, int[row] → next logits, float[row vocab]. In eval mode, under no_grad."""
+        self.token.copy_(token.unsqueeze(-1))
+        self.run()
+        return self.logits
+
+
 @torch.no_grad()
 def generate_completions(
     model,
@@ -314,25 +367,23 @@ def generate_completions(
     temperature=1.0,
     eos_token_ids=None,
     generator=None,
+    decoder=None,
 ):
     """Sample num_generations completions of each prompt; greedy if temperature is 0.
-
     model: of transformers, not wrapped; prompts: texts, as of build_prompt. → prompt_ids,
     prompt_mask int[row prompt_pos], left-padded, each prompt num_generations times in a row;
     completion_ids, completion_mask int[row pos], padded behind the end token; and float32[row pos],
-    the log-probability of each token as sampled. Needs: functools, inspect, torch, DynamicCache,
-    torch.nn.functional as F; encode, create_completion_mask, get_eos_token_ids, sample_tokens.
+    the log-probability of each token as sampled. decoder: a GraphDecoder, kept from call to call.
+    Needs: functools, torch, torch.nn.functional as F, DynamicCache, CACHE; encode, sample_tokens,
+    create_completion_mask, get_eos_token_ids.
     """
     eos_token_ids = eos_token_ids or get_eos_token_ids(model, tokenizer)
     ends = torch.tensor(eos_token_ids, device=model.device)  # [end]
     prompt_ids, prompt_mask = encode(tokenizer, prompts, device=model.device)  # [batch prompt_pos]
-    # transformers 5.24 calls the argument cache; 5.40 will no longer know past_key_values.
-    arguments = inspect.signature(model.forward).parameters
     cache = DynamicCache(config=model.config)
-    with_cache = {"cache" if "cache" in arguments else "past_key_values": cache, "use_cache": True}
+    with_cache = {CACHE: cache, "use_cache": True}
 
-    # [batch …] → [row …]
-    repeat = functools.partial(torch.repeat_interleave, repeats=num_generations, dim=0)
+    repeat = functools.partial(torch.repeat_interleave, repeats=num_generations, dim=0)  # → [row …]
     # (!2) In train mode, with checkpointing, completions are wrong up to transformers 5.23.
     training = model.training
     model.eval()
@@ -347,9 +398,18 @@ def generate_completions(
     shape, pad = (len(mask), max_completion_length), tokenizer.pad_token_id
     completion_ids = torch.full(shape, pad, device=model.device)  # [row pos]
     log_probs = torch.zeros(shape, device=model.device)  # [row pos]
+    if any(cache.is_sliding) or model.config._attn_implementation != "sdpa":
+        decoder = None  # it knows no windows, and others would add its mask as a number
+    if decoder is not None:
+        decoder.start(model, cache, mask, position, max_completion_length)
     for t in range(max_completion_length):
         token, log_prob = sample_tokens(logits, temperature, generator)  # each [active]
         completion_ids[active, t], log_probs[active, t] = token, log_prob
+        if decoder is not None:  # keeps all rows, until the last has ended
+            if torch.isin(completion_ids[:, : t + 1], ends).any(dim=-1).all():
+                break
+            logits = decoder.decode(token)  # [row vocab]
+            continue
         going = (~torch.isin(token, ends)).nonzero()[:, 0]  # indices into active
         if len(going) == 0 or t == max_completion_length - 1:
             break
@@ -363,6 +423,8 @@ def generate_completions(
     model.train(training)
     completion_ids, log_probs = completion_ids[:, : t + 1], log_probs[:, : t + 1]  # [row pos]
     completion_mask = create_completion_mask(completion_ids, eos_token_ids)  # [row pos]
+    completion_ids = torch.where(completion_mask == 1, completion_ids, pad)  # a decoder went on
+    log_probs = torch.where(completion_mask == 1, log_probs, 0.0)  # [row pos]
     return repeat(prompt_ids), repeat(prompt_mask), completion_ids, completion_mask, log_probs
 
 
@@ -495,7 +557,6 @@ def grpo_loss(
     num_rows=None,
 ):
     """The loss to minimise and what to log of it → (scalar, dict of detached scalars)
-
     log_probs, old_log_probs, ref_log_probs float32[row pos], the last may be None if beta is 0;
     completion_mask [row pos], 0 for padding; advantages float[row] or [row pos]. epsilon_high None:
     epsilon. max_completion_length is dr_grpo's constant. A row without tokens counts as a row.
@@ -515,6 +576,8 @@ def grpo_loss(
     shapes = [None if x is None else list(x.shape) for x in tensors]
     if log_probs.dim() != 2 or any(shape != shapes[0] for shape in shapes):
         raise ValueError(f"all tensors must be [row pos], not {shapes}")
+    if loss_type == "dr_grpo" and not max_completion_length:
+        raise ValueError("loss_type dr_grpo needs max_completion_length")
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
     mask, padding = completion_mask.to(log_probs.dtype), completion_mask == 0  # [row pos]
     row_tokens = mask.sum(dim=-1, keepdim=True).clamp(min=1)  # [row 1]
@@ -540,7 +603,7 @@ def grpo_loss(
         to_log["kl"] = ratio * kl if kl_estimator == "k3_weighted" else kl
         token_loss = token_loss + beta * to_log["kl"]
 
-    token_loss = token_loss * mask  # [row pos]
+    token_loss = token_loss.masked_fill(padding, 0)  # [row pos]
     if loss_type == "grpo":  # rows count the same: a token of a long completion counts less
         loss = (token_loss / row_tokens).sum() / (num_rows or len(mask))
     elif loss_type == "dr_grpo":  # over a constant: Dr. GRPO, arXiv 2503.20783
@@ -553,8 +616,7 @@ def grpo_loss(
 # 7. A worked example, to follow with a pencil =====================================================
 
 EXAMPLE = """\
-Ann sold 48 clips in April and half as many in May. How many in all? (72) Four completions, the
-last without tags:
+Ann sold 48 clips in April and half as many in May. How many in all? (72) Four completions:
 
 reasoning         48/2 = 24        48/2 = 24        48/2 = 26        none
                   48+24 = 72       48+24 = 73       48+26 = 74
@@ -570,14 +632,12 @@ step rewards      1 1 1            1 0 0            0 1 0            0          
 process           2.8 1.9 0.9      -0.9 -1.9 -0.9   -0.9 0.0 -0.9    -0.9       a token of each step
 
 In the first update every ratio is 1, and the loss (type grpo) is minus the mean advantage: 0. Its
-gradient at the log-probability of each of a completion's n tokens is −Â / (4 n): the first becomes
-likelier, the others less likely, the one without tags most of all."""
+gradient at log π of each of a completion's n tokens is −Â / (4 n): only the first gets likelier."""
 
 # 8. Settings ======================================================================================
 # Task, rewards and most values are those of A. Burkov's tutorial (github.com/aburkov/theLMbook).
-# Not: ε 0.2, as in PPO, for 0.1; gradient norm 1 for 0.1, which most steps exceed; 8 prompts for 7,
-# which 8 GPUs can share; learning rate 2e-6 for 5e-6, as float32 masters (make_masters) keep what
-# bfloat16 weights round away.
+# Changed: ε from 0.1 to 0.2, as in PPO; gradient norm from 0.1, which most steps exceed, to 1; 7
+# prompts to 8, which 8 GPUs share; learning rate 5e-6 to 2e-6: float32 masters round nothing away.
 
 
 def setting(default, text):
@@ -611,6 +671,7 @@ class Settings:
     max_grad_norm: float = setting(1.0, "longer gradients are scaled down to it")
     dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "bfloat16 on a GPU")
     micro_batch_size: int = setting(8, "completions in one forward and backward pass")
+    cuda_graph: bool = setting(True, "on a GPU, sample with a CUDA graph (--no-cuda-graph)")
     gradient_checkpointing: bool = setting(False, "less memory, about a third more computation")
     offload_optimizer: bool = setting(False, "float32 weights and AdamW's states in host memory")
     eval_examples: int | None = setting(None, "evaluate the first N rows only; 0: none")
@@ -646,7 +707,7 @@ def check_settings(settings, num_problems):
 # and not the format. (From here on several processes may share the work: section 12.)
 
 
-def evaluate_model(model, tokenizer, problems, max_completion_length=400, batch_size=128):
+def evaluate_model(model, tokenizer, problems, max_completion_length, batch_size=128, decoder=None):
     """Greedy accuracy on problems as of load_problems → dict: examples, strict and its interval
     strict_low, strict_high, lenient, format (share with all tags), finished_fraction, mean_length.
     """
@@ -657,7 +718,7 @@ def evaluate_model(model, tokenizer, problems, max_completion_length=400, batch_
     for batch in tqdm(batches, desc="evaluating", leave=False, disable=RANK > 0):
         prompts = [build_prompt(problem["question"], tokenizer) for problem in batch]
         inputs = model, tokenizer, prompts, 1, max_completion_length
-        _, _, ids, mask, _ = generate_completions(*inputs, temperature=0)
+        _, _, ids, mask, _ = generate_completions(*inputs, temperature=0, decoder=decoder)
         for problem, text, tokens in zip(batch, *decode_completions(tokenizer, ids, mask)):
             gold = parse_number(problem["answer"])
             number = parse_number(extract_answer_from_model_output(text) or "")
@@ -691,14 +752,13 @@ def step_indices(step, batch_size, num_problems, seed):
     return order[first % num_problems :][:batch_size]
 
 
-def collect_rollout(model, tokenizer, problems, settings, generator):
-    """Sample a group for each problem of this process, reward it, compare it → (tensors by name,
-    a dict for metrics.jsonl, of all processes; a sample to look at)
-    """
+def collect_rollout(model, tokenizer, problems, settings, generator, decoder=None):
+    """Sample a group for each problem of this process, reward it, compare it → (tensors by name, a
+    dict for metrics.jsonl, of all processes; a sample to look at)"""
     G = settings.num_generations
     prompts = [build_prompt(problem["question"], tokenizer) for problem in problems]
     inputs = model, tokenizer, prompts, G, settings.max_completion_length
-    sampled = generate_completions(*inputs, settings.temperature, generator=generator)
+    sampled = generate_completions(*inputs, settings.temperature, None, generator, decoder)
     prompt_ids, prompt_mask, completion_ids, completion_mask, log_probs = sampled
     texts, tokens = decode_completions(tokenizer, completion_ids, completion_mask)
     answers = [problem["answer"] for problem in problems for _ in range(G)]
@@ -844,7 +904,7 @@ def update_policy(model, reference, optimizer, rollout, settings):
 LOGS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
 
 
-def train_with_grpo(model, tokenizer, train_problems, settings, eval_problems=()):
+def train_with_grpo(model, tokenizer, train_problems, settings, eval_problems=(), decoder=None):
     """Train the model in place → the signal that ended it early, or 0. Raises TrainingStopped if
     three steps in a row were not finite, or a checkpoint can't be written or read.
     """
@@ -877,7 +937,7 @@ def train_with_grpo(model, tokenizer, train_problems, settings, eval_problems=()
         for done in range(start, total + 1):
             if eval_problems and (done in (0, total) or done % (settings.eval_every or total) == 0):
                 limits = settings.max_completion_length, settings.eval_batch_size
-                result = evaluate_model(model, tokenizer, eval_problems, *limits)
+                result = evaluate_model(model, tokenizer, eval_problems, *limits, decoder)
                 append_line(out / "eval.jsonl", {"step": done, **result})
             if done == total:
                 return 0
@@ -890,7 +950,8 @@ def train_with_grpo(model, tokenizer, train_problems, settings, eval_problems=()
             generator = torch.Generator(model.device).manual_seed(source.getrandbits(63))
             chosen = step_indices(done, settings.batch_size, len(train_problems), settings.seed)
             problems = [train_problems[i] for i in my_share(chosen)]
-            rollout, seen, sample = collect_rollout(model, tokenizer, problems, settings, generator)
+            inputs = model, tokenizer, problems, settings, generator, decoder
+            rollout, seen, sample = collect_rollout(*inputs)
             learned = update_policy(model, reference, optimizer, rollout, settings)
             seconds = time.perf_counter() - started
             record = {"step": step, **learned, **seen, "learning_rate": settings.learning_rate}
@@ -921,8 +982,8 @@ def train_with_grpo(model, tokenizer, train_problems, settings, eval_problems=()
 
 # 11. Step rewards: process supervision ============================================================
 # An outcome reward treats every token alike. Process supervision (arXiv 2402.03300, section 4.1.3;
-# here --supervision process) rewards each step of the reasoning. The paper trained a reward model
-# for it. Here a step is a line with an equation, and arithmetic can be checked:
+# here --supervision process) rewards each step of the reasoning. The paper trained a model for it.
+# Here a step is a line with an equation, and arithmetic can be checked:
 #     Natalia sold 48/2 = 24 clips in May.      24 = 48/2                     1.0
 #     In all she sold 48+24 = 73 clips.         73 ≠ 48 + 24                  0.0
 #     <answer>73</answer>                       the last step; right is 72    0.0
@@ -987,9 +1048,8 @@ def judge_equation(left, right, rounded):
 def check_equations(text, annotation=False, cut=False):
     """Yields True or False for every equation in a line that can be checked.
     a = b = c are two equations. Number = number is one only behind arithmetic (2*3 = 6 = 7) and in
-    a calculator annotation: "$1 = 100 cents" is no mistake. cut: the text may go on. Needs: re,
-    VARIABLE, NUMBER_WORD, UNIT, CONVERTED, SIDE, EQUATION, UNCLEAR, DOUBTFUL, strip_markup,
-    judge_equation.
+    an annotation: "$1 = 100 cents" is no mistake. cut: the text may go on. Needs: re, VARIABLE,
+    NUMBER_WORD, UNIT, CONVERTED, SIDE, EQUATION, UNCLEAR, DOUBTFUL, strip_markup, judge_equation.
     """
     text = re.sub(r"^ ?(?:[-*•]|[0-9]+[.)]) |(?i:\b(?:step|day) [0-9]+ - )", "", strip_markup(text))
     set_aside, text = " ".join(UNIT.findall(text)), UNIT.sub("°", text)
@@ -1054,9 +1114,8 @@ def locate_steps(steps, completion_ids, tokenizer):
 
 
 # 12. Processes, precision, checkpoints, signals ===================================================
-# torchrun starts one process for each GPU. Each samples and learns from its share of the prompts;
-# the gradients are summed by hand, because processes may have different numbers of micro-batches,
-# or none. Together they do what one process would do with the same completions.
+# torchrun starts one process for each GPU. Each samples and learns from its share of the prompts.
+# Gradients are summed by hand, because processes may have different numbers of micro-batches.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -1275,8 +1334,8 @@ def fine_tune(model, tokenizer, problems, num_steps, seed, batch_size=32, learni
         prompts = [build_prompt(problem["question"], tokenizer) for problem in batch]
         habits = [(1 if rng.random() < 0.7 else None, rng.random() < 0.8) for _ in batch]
         texts = [demonstrate(p, *habit) + tokenizer.eos_token for p, habit in zip(batch, habits)]
-        prompt_ids, prompt_mask = encode(tokenizer, prompts)  # each [row prompt_pos]
-        ids, mask = encode(tokenizer, texts, "right")  # each [row pos]
+        prompt_ids, prompt_mask = encode(tokenizer, prompts, "left", model.device)
+        ids, mask = encode(tokenizer, texts, "right", model.device)  # each [row pos]
         inputs = torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1)
         log_probs = compute_log_probs(model, *inputs, ids.shape[1])  # [row pos]
         (-(log_probs * mask).sum() / mask.sum()).backward()
@@ -1285,7 +1344,7 @@ def fine_tune(model, tokenizer, problems, num_steps, seed, batch_size=32, learni
         optimizer.zero_grad()
 
 
-def make_start(folder, seed, num_steps=1500):
+def make_start(folder, seed, num_steps=1500, device="cpu"):
     """→ (model folder, training file, held-out file), made in `folder` unless it is there"""
     if RANK == 0 and not folder.exists():
         with appearing(folder) as temporary:
@@ -1298,7 +1357,7 @@ def make_start(folder, seed, num_steps=1500):
                 tie_word_embeddings=True, max_position_embeddings=256, bos_token_id=None,
                 eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
-            model = transformers.Qwen2ForCausalLM(config)
+            model = transformers.Qwen2ForCausalLM(config).to(device)
             fine_tune(model, tokenizer, problems[0], num_steps, seed)
             model.save_pretrained(temporary / "model")
             tokenizer.save_pretrained(temporary / "model")
@@ -1356,7 +1415,7 @@ def prepare(settings, device):
     check_settings(settings, math.inf)
     name, train_file, eval_file = settings.model, settings.train_file, settings.eval_file
     if settings.rehearsal and (name == Settings.model or not train_file):
-        made = make_start(Path(settings.output_dir) / "start", settings.seed)
+        made = make_start(Path(settings.output_dir) / "start", settings.seed, device=device)
         name = made[0] if name == Settings.model else name  # unless --model was given
         train_file, eval_file = train_file or made[1], eval_file or made[2]
     separate = eval_file or not train_file  # the evaluation has data of its own
@@ -1380,10 +1439,11 @@ def prepare(settings, device):
 
 def run(settings, model, tokenizer, train_problems, eval_problems):
     """Train and save, or only evaluate. → exit status"""
-    out = Path(settings.output_dir)
+    out, graph = Path(settings.output_dir), settings.cuda_graph and model.device.type == "cuda"
+    decoder = GraphDecoder() if graph else None
     if settings.eval_only:
         limits = settings.max_completion_length, settings.eval_batch_size
-        evaluate_model(model, tokenizer, eval_problems, *limits)
+        evaluate_model(model, tokenizer, eval_problems, *limits, decoder)
         return 0
     config = {module.__name__: module.__version__ for module in (torch, transformers)}
     gpu = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
@@ -1395,7 +1455,7 @@ def run(settings, model, tokenizer, train_problems, eval_problems):
         text = json.dumps(config | {"settings": asdict(settings)}, indent=2)
         (out / "config.tmp").write_text(text + "\n", encoding="utf-8")
         (out / "config.tmp").replace(out / "config.json")  # never half a file
-    stopped = train_with_grpo(model, tokenizer, train_problems, settings, eval_problems)
+    stopped = train_with_grpo(model, tokenizer, train_problems, settings, eval_problems, decoder)
     if RANK == 0 and not stopped:
         with appearing(out / "final") as temporary:
             model.save_pretrained(temporary)  # in the precision that was evaluated
