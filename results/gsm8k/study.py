@@ -22,9 +22,8 @@ from benchmark import HERE, MADE_WITH, format_table, run_alone
 
 import grpo_gsm8k as gsm
 
-# Changes of the rehearsal's settings; None: demonstrations instead of GRPO. Clip ranges need µ = 2:
-# in the first update of a rollout every ratio is 1, nothing is clipped, and dapo and cispo have the
-# same gradient.
+# Changes of the rehearsal's settings; None: demonstrations, no GRPO. Clip ranges need µ = 2: in the
+# first update of a rollout every ratio is 1, and dapo and cispo have the same gradient.
 VARIANTS = {
     "GRPO as in the rehearsal": {},
     "process supervision": dict(supervision="process"),
