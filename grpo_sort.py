@@ -309,11 +309,11 @@ def compute_log_probs(prompts, responses, model):
 def compute_loss(log_probs, deltas, mode, old_log_probs=None, epsilon=0.2, epsilon_high=None):
     """The policy loss to minimise, averaged over batch, trial and pos: a scalar, or float[run].
 
-    log_probs, old_log_probs float[batch trial pos]; deltas float[batch trial], one for a response,
-    or float[batch trial pos], one for a token; mode is one of LOSSES. Raises ValueError for an
-    unknown mode or shapes that do not fit. Needs: torch.
+    log_probs, old_log_probs float[batch trial pos], all of one length, without padding; deltas
+    float[batch trial], one for a response, or float[batch trial pos], one for a token; mode is one
+    of LOSSES. Raises ValueError for an unknown mode or shapes that do not fit. Needs: torch.
     """
-    if deltas.shape not in (log_probs.shape[:-1], log_probs.shape):
+    if log_probs.dim() < 3 or deltas.shape not in (log_probs.shape[:-1], log_probs.shape):
         shapes = f"{list(deltas.shape)} with log_probs {list(log_probs.shape)}"
         raise ValueError(f"deltas must be [batch trial] or [batch trial pos], not {shapes}")
     if deltas.shape != log_probs.shape:
