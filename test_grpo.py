@@ -50,6 +50,11 @@ RESULTS = HERE / "results" / "sort"
 sys.path.insert(0, str(RESULTS))
 import study as sort_study
 
+sys.path.insert(0, str(HERE / "results" / "gsm8k"))
+import benchmark
+
+# What libraries say of our calls is an error: so the next deprecation shows.
+pytestmark = pytest.mark.filterwarnings("error:::(grpo_|study|benchmark)", "error::FutureWarning")
 PROMPTS = torch.tensor(gs.CLASSIC_PROMPTS)  # [batch pos]
 EVERYTHING = torch.tensor(list(itertools.product(range(5), repeat=3)))  # all responses: [trial pos]
 README = (HERE / "README.md").read_text(encoding="utf-8")
@@ -75,8 +80,6 @@ def read_rows(folder):
 
 
 # Rewards, model, sampling, log-probabilities ======================================================
-
-
 def test_rewards_agree_with_plain_python_on_every_response():
     prompts, runs = [(3, 1, 0), (1, 1, 2), (4, 4, 4), (0, 3, 0)], EVERYTHING.view(5, 25, 3)
 
@@ -227,16 +230,6 @@ def test_erratum_9_the_length_bias_comes_from_dividing_by_the_length(mode):
         assert short == pytest.approx(factor * long) and long > 0
 
 
-def test_erratum_9_the_difficulty_bias_comes_from_dividing_by_the_std():
-    # All of one length here. The std gives a group the weight 1/std: an easy or hard prompt, whose
-    # rewards spread little, counts more than its rewards say.
-    groups = torch.tensor([[1.0, 0, 0, 0, 0, 0, 0, 0], [1.0, 1, 1, 1, 0, 0, 0, 0]])
-    plain, scaled = (gs.compute_deltas(groups, f"{m}_rewards") for m in ("centered", "normalized"))
-    stds = [statistics.stdev(group) for group in groups.tolist()]
-    hard, even = (scaled / plain).mean(dim=-1).tolist()
-    assert [hard, even] == pytest.approx([1 / (x + 1e-5) for x in stds]) and hard > 1.5 * even
-
-
 def test_erratum_10_the_best_baseline_weighs_with_the_square_of_the_gradient_of_log_pi():
     # Two actions, π = 0.8 and 0.2, rewards 11 and 9. By the logit ∇log π = 1 − p = 0.2 and −0.8.
     p, rewards, scores = torch.tensor([[0.8, 0.2], [11, 9], [0.2, -0.8]], dtype=torch.float64)
@@ -342,16 +335,9 @@ def divergences(logits, ref):
     """Sums over all tokens: {name: (value, gradient by the logits of π)}."""
     p, q, found = logits.softmax(-1), ref.detach().softmax(-1), {}
     terms = {"to_ref": p * (p / q).log(), "from_ref": q * (q / p).log()}  # KL(π ‖ π_ref), back
-    for name, x in (terms | {"chi2": p * p / q - p, "nothing": 0 * p}).items():
+    for name, x in (terms | {"nothing": 0 * p}).items():
         found[name] = x.sum().item(), torch.autograd.grad(x.sum(), logits, retain_graph=True)[0]
     return found
-
-
-def mean_of_samples(values, sampler, logits):
-    """E over the 125 responses to samples of `sampler`, its gradient by the logits of π."""
-    probs = token_log_probs(sampler).sum(dim=(1, 2, 3)).exp().detach()
-    mean = (probs * values).sum()
-    return mean.item(), torch.autograd.grad(mean, logits)[0]
 
 
 @pytest.mark.parametrize("estimator, sampled_by, old, target, unbiased", [
@@ -367,21 +353,12 @@ def test_erratum_6_whose_gradient_estimators_have(estimator, sampled_by, old, ta
     logits, ref, sampler = policies[0], policies[1], policies[sampled_by]
     log_probs, old_log_probs = token_log_probs(logits), token_log_probs(sampler) if old else None
     estimate = gs.compute_kl_penalty(log_probs, token_log_probs(ref), estimator, old_log_probs)
-    value, gradient = mean_of_samples(estimate, sampler, logits)
-    exact = divergences(logits, ref)
-    assert (value == pytest.approx(exact["to_ref"][0])) == unbiased
+    probs = token_log_probs(sampler).sum(dim=(1, 2, 3)).exp().detach()  # of the 125 responses
+    value = (probs * estimate).sum()
+    gradient, exact = torch.autograd.grad(value, logits)[0], divergences(logits, ref)
+    assert (value.item() == pytest.approx(exact["to_ref"][0])) == unbiased
     for name, (_, wanted) in exact.items():
         assert torch.allclose(gradient, wanted, atol=1e-12) == (name == target), name
-
-
-def test_erratum_11_with_the_ratio_upside_down_k3_is_another_divergence():
-    logits, ref = make_logits(0), make_logits(1)
-    y = token_log_probs(logits) - token_log_probs(ref).detach()  # log π − log π_ref
-    value, gradient = mean_of_samples((y.exp() - y - 1).sum(dim=(1, 2, 3)), logits, logits)
-    exact = divergences(logits, ref)
-    assert value == pytest.approx(exact["chi2"][0] - exact["to_ref"][0])
-    assert value > 1.5 * exact["to_ref"][0]  # and not KL(π ‖ π_ref)
-    assert torch.allclose(gradient, exact["chi2"][1] / 2, atol=1e-12)
 
 
 def test_gae_is_the_discounted_sum_of_its_definition_and_gives_constants():
@@ -469,6 +446,12 @@ def test_erratum_1_the_quotient_of_log_probs_unlearns(gradients):
     assert (gradients["6b", "log π / log π_old"]["cosine"] < -0.9).all()
 
 
+def test_erratum_11_with_the_ratio_upside_down_k3_is_another_divergence(gradients):
+    row = gradients["6c", "k3 with the ratio upside down"]
+    assert row["value_to_chi2"].tolist() == pytest.approx([1] * 4, abs=2e-3)  # of χ² − KL
+    assert row["error_chi2"].max() < 2e-3 < 0.1 < row["error_to_ref"].min()
+
+
 @pytest.mark.parametrize("table, row, metric, wanted", [
     ("6a", "rewards", "cosine", 1), ("6a", "rewards", "length", 1),
     ("6a", "leave_one_out", "cosine", 1), ("6a", "leave_one_out", "length", 1),
@@ -478,8 +461,6 @@ def test_erratum_1_the_quotient_of_log_probs_unlearns(gradients):
     ("6c", "k3_weighted", "value", 1), ("6c", "k3_weighted", "error_to_ref", 0),
     ("6c", "k3_weighted, off policy", "value", 1),
     ("6c", "k3_weighted, off policy", "error_to_ref", 0),
-    ("6c", "k3 with the ratio upside down", "value_to_chi2", 1),
-    ("6c", "k3 with the ratio upside down", "error_chi2", 0),
     ("6e", "E[(∇log π)² R] / E[(∇log π)²]", "baseline", 9.4),
     ("6e", "E[(∇log π)² R] / E[(∇log π)²]", "variance", 0),
 ])  # fmt: skip
@@ -489,8 +470,6 @@ def test_the_study_finds_what_theory_and_errata_say(table, row, metric, wanted, 
 
 
 # Training =========================================================================================
-
-
 def test_the_recipe_sorts_everything_in_every_run_and_the_classic_defaults_do_not():
     assert gs.run_policy_gradient(num_runs=32).exact_match.mean() < 0.3
     result = learn(num_runs=32)
@@ -650,8 +629,7 @@ def test_prompts_of_ones_own_and_batches_of_them():
     settings |= dict(prompts=train, batch_size=16, num_runs=2, num_epochs=200)
     result = learn(**settings, on_epoch=lambda *args: batches.append(args[1]))
     assert result.exact_match.min() > 0.7
-    # A run draws from its own prompts only, in the end from all, in each epoch others, and others
-    # than the run beside it.
+    # A run draws from its own prompts only, in the end from all, and others than the run beside it.
     drawn = []
     for run in range(2):
         seen, rest = ({tuple(p) for p in x[run].tolist()} for x in (train, unseen))
@@ -672,6 +650,7 @@ def test_prompts_of_ones_own_and_batches_of_them():
         (GROUP, "ppo", TOKENS), (GROUP, "clipped"), (GROUP.mT, "naive"),
         (GROUP[..., None], "naive"), (GROUP, "gspo", GROUP), (GROUP, "clipped", TOKENS[:1]),
     )),
+    lambda: gs.compute_loss(GROUP, GROUP[:, 0], "naive"),
     lambda: gs.compute_kl_penalty(TOKENS, TOKENS, "k4"),
     lambda: gs.compute_kl_penalty(TOKENS, GROUP), lambda: gs.compute_kl_penalty(GROUP, GROUP),
     lambda: gs.compute_kl_penalty(TOKENS, TOKENS, "k3_weighted", GROUP),
@@ -704,8 +683,6 @@ def test_training_refuses_what_cannot_work(arguments):
 
 
 # Experiments, command line, README, results ======================================================
-
-
 def test_the_interval_is_students_t():
     # t(0.975) for 7 and 31 degrees of freedom: 2.364624, 2.039513 (tables)
     for n, t in ((8, 2.364624), (32, 2.039513)):
@@ -862,14 +839,6 @@ def test_every_argument_has_a_flag_and_arrives_with_its_type(preset, monkeypatch
     assert all(type(calls[0][name]) is type(value) for name, value in wanted.items())
     parser = gs.make_parser()
     assert parser.format_help() and all(len(x.help.split()) >= 2 for x in parser._actions)
-
-
-def test_importing_does_no_work(tmp_path):
-    code = f"import sys, torch; sys.path.insert(0, {str(HERE)!r}); before = torch.get_rng_state()"
-    code += "; import grpo_sort; assert torch.equal(before, torch.get_rng_state())"
-    code += "; assert 'matplotlib' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path)
-    assert done.returncode == 0 and not done.stdout + done.stderr and not list(tmp_path.iterdir())
 
 
 def test_one_variant_prints_every_response_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -1046,18 +1015,29 @@ def test_the_committed_results_are_those_of_the_experiments():
         assert "\n".join((f"## {title}", "", *lines, "")) in text
 
 
-def test_the_committed_benchmark_meets_the_targets():
-    """Of TRL's time and memory; sampling; no memory for a table of logits of all tokens."""
-    path = HERE / "results" / "gsm8k" / "benchmark.json"
-    seconds, peak = {}, {}
-    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-        key = row["what"], row["tokens"]
-        seconds[key] = seconds.get(key, []) + row["seconds"][1:]
-        peak[key] = max(row["peak"], peak.get(key, 0))
-    median = {what: statistics.median(x) for (what, n), x in seconds.items() if n == 128}
-    assert median["ours"] <= 0.35 * median["TRL"] and peak["ours", 128] <= peak["TRL", 128] / 4
-    assert median["the loop of this script"] <= 1.1 * median["transformers, generate()"]
-    assert peak["ours", 512] - peak["ours", 64] < 4 * 32 * (512 - 64) * 32_000 / 2
+def test_the_committed_benchmarks_meet_the_targets():
+    """Time, memory and sampling beside TRL's; no memory for a table of logits of all tokens. The
+    tables are those of the measurements, and what the README says is in them."""
+    cells, readme = {}, " ".join(README.split())
+    for name in ("benchmark", "full_size"):
+        path = HERE / "results" / "gsm8k" / f"{name}.json"
+        made = json.loads(path.read_text(encoding="utf-8"))
+        table = path.with_suffix(".md").read_text(encoding="utf-8")
+        assert table == benchmark.format_benchmark(**made)
+        row = r"(?m)^\| (.+?) \| (\d+) \| (\S+) \| (\S*) ?\| ([\d,]*)"
+        for what, tokens, *numbers in re.findall(row, table):
+            cells[what, int(tokens)] = [float(x.replace(",", "") or "nan") for x in numbers]
+    time, memory, _ = cells["ours / TRL", 128]
+    assert time <= 0.35 and memory <= 0.25 and cells["ours", 128][2] > cells["TRL", 128][2]
+    assert f"{time} of TRL's time, {memory} of its memory" in readme
+    kept = cells["ours", 512][1] - cells["ours", 64][1]
+    assert kept < 4 * 32 * (512 - 64) * 32_000 / 2 / 1e9
+    assert cells["ours / TRL", 400][0] <= 0.5  # with a CUDA graph, on the GPU
+    assert cells["ours", 400][2] > 5 * cells["ours, --no-cuda-graph", 400][2]
+    peaks = cells["ours", 400][1], cells["ours, also --offload-optimizer", 400][1]
+    assert f"steps: {peaks[0]:.0f} GB |" in README
+    host = made["rows"][5]["host_peak"] / 1e9
+    assert f"steps: {peaks[1]:.0f} GB, host {host:.0f} GB |" in README
 
 
 def test_results_say_what_made_them():
@@ -1188,10 +1168,11 @@ def test_erratum_8_the_prompt_is_the_tokenizers_own_template(tokenizer):
 
 @needs_gsm8k
 def test_erratum_8_93_gold_answers_have_a_comma():
-    """load_problems refuses answers that parse_number cannot read: all of GSM8K's are readable."""
+    """All 8,792 are read, as what they are."""
     train, test = (gsm.load_problems(f"{GSM8K}/{split}.jsonl") for split in ("train", "test"))
-    commas = sum("," in row["answer"] for row in train + test)
-    assert (len(train), len(test), commas) == (7473, 1319, 93)
+    golds = [row["answer"] for row in train + test]
+    assert (len(train), len(test), sum("," in gold for gold in golds)) == (7473, 1319, 93)
+    assert all(gsm.parse_number(gold) == int(gold.replace(",", "")) for gold in golds)
 
 
 # Outcome rewards ----------------------------------------------------------------------------------
@@ -1216,12 +1197,6 @@ def test_correctness_and_format_rewards():
     texts = ["", "<answer>", "</answer><answer>", full := FULL.format("", "1,080"), full + full]
     assert gsm.format_reward(texts) == pytest.approx([0, 0.2, 0.4, 0.8, 0.8])
     assert gsm.combined_reward([full, "1,080"], ["1,080"] * 2) == pytest.approx([2.8, 0.0])
-
-
-def test_erratum_8_a_reader_without_commas_cannot_read_gold_answers():
-    """The tutorial's pattern for a number finds two in '1,080', and so none."""
-    assert re.findall(r"-?\d*\.?\d+", "1,080") == ["1", "080"]
-    assert gsm.parse_number("1,080") == 1080
 
 
 def test_step_ends_fall_on_the_right_tokens(tokenizer):
@@ -1262,18 +1237,27 @@ def test_erratum_8_samples_come_from_the_distribution_that_is_scored():
 
 
 @pytest.mark.parametrize("learned_positions", [False, True])
-def test_left_padding_and_cache_change_no_log_probability(learned_positions):
-    """Each sampled row again, alone and without padding or cache, must have the probabilities that
-    it was sampled with and those that the batch gives it: guards attention mask, temperature, the
-    order of repeated prompts, the dropping of finished rows; and with learned positions, GPT-2's,
-    that padding is not counted. (Qwen2's rotary ones would hide that.)"""
+@pytest.mark.parametrize("decoder", [None, "sdpa", "eager"])
+def test_left_padding_and_cache_change_no_log_probability(learned_positions, decoder):
+    """Each row again, alone and without padding or cache, has the log-probabilities that it was
+    sampled with and those of the batch: attention mask, temperature, order of prompts, dropping of
+    rows; with learned positions (rotary ones would hide it) that padding is not counted. The same
+    in fixed shapes, when weights have changed in place and an update that failed has left NaN."""
     policy, prompts, T = make_policy(10, scale=2.0), ["a", "bcdefgh", "hg"], 0.7
     if learned_positions:
         options = dict(vocab_size=10, n_embd=32, n_layer=2, n_head=2, eos_token_id=1)
         policy = transformers.GPT2LMHeadModel(transformers.GPT2Config(**options)).eval()
         policy.transformer.wpe.weight.data *= 50
-    arguments = policy, Words(), prompts, 8, 12, T
-    ids, mask, completions, kept, sampled = gsm.generate_completions(*arguments, generator=seeded())
+    if decoder:
+        policy.set_attn_implementation(decoder)
+        decoder = gsm.GraphDecoder()
+    for texts, n in (["hg"], 40), (["abcdefghi"] * 3, 40):  # 24 rows in the end
+        gsm.generate_completions(policy, Words(), texts, 8, n, T, decoder=decoder)
+    policy.base_model.get_input_embeddings().weight.data *= 1.5
+    for x in getattr(decoder, "kept", ()):
+        x.fill_(math.nan)
+    arguments = policy, Words(), prompts, 8, 12, T, None, seeded(), decoder
+    ids, mask, completions, kept, sampled = gsm.generate_completions(*arguments)
     assert ids.shape == (24, 7) and kept.sum(-1).unique().numel() > 3
     inputs = torch.cat([ids, completions], 1), torch.cat([mask, kept], 1)
     together = gsm.compute_log_probs(policy, *inputs, completions.shape[1], T)
@@ -1367,15 +1351,6 @@ def test_the_memory_of_log_probs_does_not_hold_the_whole_table():
     assert kept and (5000,) not in kept and made == [16] * 16
 
 
-def test_bfloat16_weights_do_not_learn_at_the_default_learning_rate():
-    """Why AdamW works on float32 masters: near 0.02 a step of it is rounded away."""
-    for dtype, moved in ((torch.float32, True), (torch.bfloat16, False)):
-        weight = torch.nn.Parameter(torch.full((9,), 0.02, dtype=dtype))
-        before, weight.grad = weight.detach().clone(), torch.ones_like(weight)
-        torch.optim.AdamW([weight], lr=gsm.Settings.learning_rate, weight_decay=0.0).step()
-        assert (weight != before).all() == (weight != before).any() == moved
-
-
 # Advantages ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", MODES)
 def test_advantages_are_their_formulas(mode):
@@ -1456,8 +1431,7 @@ def loss_by_hand(step, kind, level, epsilon, high, beta, estimator, constant, it
     (0, "k3", 0.1, None, False), (0.3, "k3", 0.25, 29, True), (1, "k3_weighted", None, 29, False),
 ])  # fmt: skip
 def test_the_loss_is_its_formula(kind, level, beta, estimator, high, items, per_token):
-    """Value and gradient, off policy: ratio, clip, minimum, penalty, normaliser, and what is
-    detached: in cispo the weight, nowhere else."""
+    """Value and gradient, off policy: ratio, clip, minimum, penalty, normaliser, constants."""
     step = random_step(per_token=per_token)
     ours, _ = gsm.grpo_loss(
         *step, epsilon=0.1, epsilon_high=high, beta=beta, loss_type=kind, kl_estimator=estimator,
@@ -1505,8 +1479,8 @@ def test_the_metrics_count_what_the_clip_cuts():
 
 @pytest.mark.parametrize("function, change", [
     *((gsm.grpo_loss, change) for change in (
-        dict(loss_type="ppo"), dict(importance_sampling_level="word"), dict(kl_estimator="k4"),
-        dict(ref_log_probs=None), dict(ref_log_probs=torch.zeros(4, 1)),
+        *(dict(loss_type=x) for x in ("ppo", "dr_grpo")), dict(importance_sampling_level="word"),
+        dict(kl_estimator="k4"), dict(ref_log_probs=None), dict(ref_log_probs=torch.zeros(4, 1)),
         dict(old_log_probs=torch.zeros(4, 1)), dict(advantages=torch.zeros(4, 1)),
         dict(advantages=torch.zeros(3)), dict(completion_mask=torch.zeros(1, 6)))),
     *((gsm.compute_advantages, dict(rewards=torch.zeros(x))) for x in [(3, 1), 3, (2, 3, 4)]),
@@ -1589,7 +1563,7 @@ def test_evaluation_counts_strict_and_lenient(tokenizer, monkeypatch):
     rows = [{"question": "?" * (9 - i), "answer": str(7 - i)} for i in range(5)]
     written = {gsm.build_prompt(r["question"], tokenizer): text for r, text in zip(rows, texts)}
 
-    def generate(model, tokenizer, prompts, *options, temperature):
+    def generate(model, tokenizer, prompts, *options, temperature, decoder):
         assert len(prompts) <= 2 and options == (1, 50) and temperature == 0
         ids, mask = gsm.encode(tokenizer, [written[prompt] for prompt in prompts], "right")
         return None, None, ids, mask, None
@@ -1600,20 +1574,6 @@ def test_evaluation_counts_strict_and_lenient(tokenizer, monkeypatch):
     expected = dict(examples=5, strict=2 / 5, lenient=3 / 5, format=2 / 5, finished_fraction=3 / 5)
     expected |= dict(strict_low=0.1176, strict_high=0.7693, mean_length=length)  # statsmodels'
     assert result == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    "right, low, high", [(15, 0.3315, 0.6685), (0, 0, 0.1135), (30, 0.8865, 1)]
-)
-def test_erratum_8_thirty_questions_carry_18_points(right, low, high, tokenizer, monkeypatch):
-    """An accuracy without its interval says little; nor may the interval leave 0 … 1."""
-    rows = [{"question": "?", "answer": str(int(i < right))} for i in range(30)]
-    ids, mask = gsm.encode(tokenizer, [FULL.format("", 1)] * 30, "right")
-    monkeypatch.setattr(gsm, "generate_completions", lambda *_, **__: (0, 0, ids, mask, 0))
-    result = gsm.evaluate_model(make_policy(), tokenizer, rows, 50, 30)
-    expected = dict(strict=right / 30, strict_low=low, strict_high=high)  # statsmodels'
-    assert {name: result[name] for name in expected} == pytest.approx(expected, abs=1e-4)
-    assert 1.96 * math.sqrt(0.25 / 30) == pytest.approx(0.179, abs=1e-3)  # the simpler formula
 
 
 # The file as something to copy from ---------------------------------------------------------------
@@ -1644,9 +1604,6 @@ def judge(line):
     return steps[0][1] if len(steps) == 2 else None
 
 
-# parse_number and step_rewards -------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("text, number", LINES["answers"] + LINES["held_out_answers"])
 def test_a_wrong_reward_is_worse_than_a_missed_one(text, number):
     """Two of these once were rewarded: 18 thousand as 18, and en dash 5 as 5."""
@@ -1655,31 +1612,10 @@ def test_a_wrong_reward_is_worse_than_a_missed_one(text, number):
     assert gsm.parse_number(text) == (None if number is None else Fraction(number))
 
 
-def test_what_was_written_is_read_back():
-    draw = random.Random(0)
-    for _ in range(1000):
-        value = Fraction(draw.randrange(-(10**9), 10**9), draw.choice([1, 1, 10, 100]))
-        text = f"{abs(float(value)):,.2f}" if draw.random() < 0.5 else f"{abs(float(value)):.2f}"
-        sign = draw.choice("-−–") if value < 0 else ""
-        forms = ("{}{}", "{}${}", "about {}{} dollars.", "{}{}%", "x = {}{}", "\\boxed{{{}{}}}")
-        written = draw.choice(forms).format(sign, text.replace(",", draw.choice(",\u202f")))
-        assert gsm.parse_number(written) == value, written
-
-
-def test_numbers_over_40_characters_are_nobodys_answer():
+def test_numbers_over_40_characters_and_lines_over_2000_are_left_alone():
+    assert judge("1 + 1 = 3" + " " * 1991) == 0.0 and judge("1 + 1 = 3" + " " * 1992) is None
     assert gsm.parse_number("9" * 40) == 10**40 - 1
     assert gsm.parse_number("9" * 41) is None and gsm.parse_number("1/" + "9" * 41) is None
-
-
-@needs_gsm8k
-def test_all_gold_answers_are_read():
-    golds = [
-        json.loads(row)["answer"].split("####")[1].strip()
-        for split in ("train", "test")
-        for row in Path(GSM8K, f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    assert len(golds) == 8792
-    assert all(gsm.parse_number(gold) == int(gold.replace(",", "")) for gold in golds)
 
 
 @pytest.mark.parametrize("line, label", LINES["steps"] + LINES["held_out_steps"])
@@ -1689,10 +1625,8 @@ def test_no_line_is_blamed_or_praised_falsely(line, label):
 
 
 def test_nearly_all_lines_that_can_be_checked_are_judged():
-    checkable = [
-        line for line, label in LINES["steps"] + LINES["held_out_steps"] if label != "leave"
-    ]
-    assert sum(judge(line) is not None for line in checkable) / len(checkable) >= 0.95
+    lines = [line for line, label in LINES["steps"] + LINES["held_out_steps"] if label != "leave"]
+    assert sum(judge(line) is not None for line in lines) / len(lines) >= 0.95
 
 
 @pytest.mark.parametrize("text", LINES["cut"] + LINES["held_out_cut"])
@@ -1700,12 +1634,6 @@ def test_a_completion_cut_in_the_middle_of_a_number_is_not_judged(text):
     """12 * 15 = 18 may go on as 180. With a line end behind it, it is what it says."""
     steps = gsm.step_rewards(f"<reasoning>\n{text}", "7")
     assert steps[:-1] == ([(len(steps and text) + 12, 1.0)] if ">>" in text else [])
-
-
-def test_a_number_that_ends_is_judged():
-    assert gsm.step_rewards("<reasoning>\n12 * 15 = 18\n", "7")[0] == (24, 0.0)
-    assert gsm.step_rewards("<reasoning>\n12 * 15 = 180 eggs", "7")[0][1] == 1.0
-    assert gsm.step_rewards("12 * 15 = 180</reasoning>", "7")[0] == (13, 1.0)
 
 
 def test_steps_are_lines_of_the_reasoning_and_the_answer():
@@ -1722,11 +1650,6 @@ def test_steps_are_lines_of_the_reasoning_and_the_answer():
     assert gsm.step_rewards("<answer>1080</answer>", "1,080") == [(21, 0.75)]
     assert gsm.step_rewards("", "7") == [(0, 0.0)]
     assert judge("<<5=5>> 2 * 2 = <<2*2=5>>4") == 0.0  # the annotation is judged too
-
-
-def test_lines_of_more_than_2000_characters_are_skipped():
-    assert judge("1 + 1 = 3" + " " * 1991) == 0.0
-    assert judge("1 + 1 = 3" + " " * 1992) is None
 
 
 def test_arithmetic_is_that_of_python_on_random_expressions():
@@ -1804,24 +1727,12 @@ def test_hostile_text_is_linear_and_raises_nothing(piece):
 
 def test_power_towers_and_deep_brackets_are_instantaneous():
     started = time.process_time()
-    for line in (
-        "9^9^9^9 = 1 + 1",
-        "9**9**9**9 = 1 + 1",
-        "2^99999999 = 1 + 1",
-        "((9^9)^9)^9 = 1 + 1",
-    ):
-        assert judge(line) is None
-    for line in (
-        "(" * 900 + "1" + ")" * 900 + " = 1 + 0",
-        "-" * 1900 + "5 = 2 + 3",
-        "1+" * 900 + "1 = 901",
-    ):
-        judge(line)
+    for tower in ("9^9^9^9", "9**9**9**9", "2^99999999", "((9^9)^9)^9"):
+        assert judge(f"{tower} = 1 + 1") is None
+    for deep in ("(" * 900 + "1" + ")" * 900, "-" * 1900 + "5", "1+" * 900 + "1"):
+        judge(f"{deep} = 1 + 0")
     assert judge("9" * 40 + "*9" * 900 + " = 1") in (0.0, None)
     assert time.process_time() - started < 2
-
-
-# From here on: what the first half does not have. -------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -2007,9 +1918,8 @@ def test_rewards_reach_the_tokens_that_earned_them(tokenizer, supervision):
 
 # Several processes, forked: importing torch again for each would take most of the time ------------
 def fork(function, number=1, seconds=60):
-    """`function` in so many processes, as if torchrun had started them → their exit statuses
-
-    −9 says that a process was killed, None that it hung."""
+    """`function` in so many processes, as if torchrun had started them → their exit statuses: −9
+    says that a process was killed, None that it hung."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -2121,9 +2031,8 @@ def test_a_run_leaves_everything_behind(finished_run, start_folder):
         assert None not in line.values()
         assert line["learning_rate"] == 1e-3 and line["entropy"] > 1
         assert 0 <= line["logprob_gap"] < (1e-5 if dtype == torch.float32 else 0.05)
-    assert (
-        read(out / "metrics.jsonl", "step") == read(out / "samples.jsonl", "step") == [*range(1, 7)]
-    )
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert read(out / name, "step") == [*range(1, 7)]
     assert read(out / "eval.jsonl", "step") == [0, 2, 4, 6] and [*checkpoints(out)] == [4, 6]
     config = json.loads((out / "config.json").read_text())
     assert config["settings"]["mu"] == 2 and config["torch"] == torch.__version__
@@ -2181,11 +2090,8 @@ def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(finished_run, 
     (signal.SIGTERM, 1, 143, [1]), (signal.SIGTERM, 2, 143, [1]),
     (signal.SIGINT, 1, 130, [1]), (signal.SIGINT, 2, 130, []),
 ])  # fmt: skip
-def test_a_signal_saves_and_stops(
-    number, count, status, saved, start_folder, tmp_path, monkeypatch
-):
-    """… without the evaluation that is due. torchrun may pass on what all got; who presses ^C twice
-    means it."""
+def test_a_signal_saves(number, count, status, saved, start_folder, tmp_path, monkeypatch):
+    """… without the evaluation that is due. A second ^C is meant; a second SIGTERM torchrun's."""
     handler, learn, out = signal.getsignal(number), gsm.update_policy, tmp_path / "run"
     with monkeypatch.context() as patch:
         raised = lambda: [signal.raise_signal(number) for _ in range(count)]  # noqa: E731
@@ -2229,9 +2135,9 @@ def test_resume_takes_other_settings(finished_run, start_folder, tmp_path):
     assert data.read_bytes() == (start_folder / "train.jsonl").read_bytes()
 
 
-def test_every_round_begins_with_a_frozen_copy_of_the_policy(start_folder, tmp_path, monkeypatch):
-    """Without β there is none: it would take as much memory as the model. A reference that shares
-    tensors with the policy is finished_run with it (!7)."""
+def test_erratum_12_a_penalty_needs_a_second_model(start_folder, tmp_path, monkeypatch):
+    """A frozen copy of the policy at the start of every round. One that shares its tensors would be
+    trained with it (!7). Without β there is none: it takes as much memory as the model."""
     seen, learn = [], gsm.update_policy
 
     def look(*inputs):
@@ -2249,8 +2155,6 @@ def test_every_round_begins_with_a_frozen_copy_of_the_policy(start_folder, tmp_p
 
 
 # What goes wrong ----------------------------------------------------------------------------------
-
-
 def refused(arguments, capsys):
     """main must end with a single line → (exit status, the line)"""
     capsys.readouterr()
@@ -2262,9 +2166,7 @@ def refused(arguments, capsys):
     return error.value.code, line
 
 
-def test_three_steps_in_a_row_without_numbers_end_the_run(
-    start_folder, tmp_path, monkeypatch, capsys
-):
+def test_three_steps_without_numbers_end_the_run(start_folder, tmp_path, monkeypatch, capsys):
     """Not three of many; and what is saved is the last good model. Nor may the sampler go on."""
     changes = dict(num_iterations=1, eval_examples=0, mu=1, micro_batch_size=12, save_every=1)
     loss, sample, good, bad = gsm.grpo_loss, gsm.sample_tokens, tmp_path / "good", tmp_path / "bad"
@@ -2283,22 +2185,8 @@ def test_three_steps_in_a_row_without_numbers_end_the_run(
     assert refused(flags(start_folder, tmp_path / "nan"), capsys)[0] == 1
 
 
-@pytest.mark.parametrize("beta, copies", [(0.0, 0), (0.1, 1)])
-def test_erratum_12_a_penalty_needs_a_second_model(beta, copies, tmp_path, monkeypatch):
-    """GRPO has no critic, but with beta > 0 it holds a reference of the policy's own size."""
-    made, deepcopy = [], copy.deepcopy
-    copied = SimpleNamespace(deepcopy=lambda x: made.append(deepcopy(x)) or made[-1])
-    monkeypatch.setattr(gsm, "copy", copied)
-    settings = make_settings(beta=beta, output_dir=str(tmp_path), batch_size=1)
-    monkeypatch.setattr(gsm, "step_indices", mock.Mock(side_effect=StopIteration))
-    with pytest.raises(StopIteration):
-        gsm.train_with_grpo(make_policy(), None, [0], settings)
-    assert [x.num_parameters() for x in made] == [make_policy().num_parameters()] * copies
-
-
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_enough(
-    finished_run, tmp_path, capsys
-):
+def test_a_damaged_checkpoint_is_refused(finished_run, tmp_path, capsys):
+    """… and the one before is enough."""
     out = shutil.copytree(finished_run[0], tmp_path / "run")
     path = out / "checkpoints" / "step-000006" / "state.pt"
     for damage in (path.read_bytes()[:-1000], b"", b"PK" + bytes(999)):
@@ -2313,8 +2201,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_enough(
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoints(finished_run, tmp_path, monkeypatch, capsys):
-    """No file may grow beyond 100 kB, so that the next checkpoint cannot be written; and the log
-    cannot, on the device that is always full."""
+    """The next checkpoint cannot be written, as no file may grow beyond 100 kB; nor can the log."""
     out, limits = shutil.copytree(finished_run[0], tmp_path / "run"), resource.getrlimit(SIZE)
     shutil.rmtree(out / "checkpoints" / "step-000006")
     resource.setrlimit(SIZE, (100_000, limits[1]))
@@ -2368,19 +2255,15 @@ def test_out_of_memory_names_what_helps(where, error, start_folder, tmp_path, mo
     pytest.param("--device auto", "--rehearsal", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="there is a GPU")),
 ])  # fmt: skip
-def test_refusals_come_before_any_work(
-    arguments, words, start_folder, tmp_path, capsys, monkeypatch
-):
-    """One line that names the flag or the file, before weights are loaded (except for the context,
-    which is the model's); nothing is written, and a run that is there already is not lost."""
+def test_refusals_come_early(arguments, words, start_folder, tmp_path, capsys, monkeypatch):
+    """One line that names flag or file, before weights are loaded; nothing is written or lost."""
     (tmp_path / "held").mkdir()
     row = (start_folder / "train.jsonl").read_text().split("\n")[0]
     files = {"empty.jsonl": "\n", "broken.jsonl": row + "\n{", "held/config.json": "{}"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    if words != "256":
-        loaded = mock.Mock(side_effect=lambda *a, **o: pytest.fail("the model was loaded"))
-        monkeypatch.setattr(gsm.AutoModelForCausalLM, "from_pretrained", loaded)
+    loaded = mock.Mock(side_effect=lambda *a, **o: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(gsm.AutoModelForCausalLM, "from_pretrained", loaded)
     before = sorted(tmp_path.rglob("*"))
     extra = arguments.format(tmp=tmp_path).split()
     status, line = refused(flags(start_folder, tmp_path / "new", *extra), capsys)
@@ -2419,7 +2302,8 @@ def test_neither_offloading_nor_checkpointing_changes_a_bit(finished_run, tmp_pa
     shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-000006")
     assert gsm.main(resume(tmp_path / "a", "--offload-optimizer", "False")) == 0
     assert steady(tmp_path / "a") == steady(out)
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert gsm.main([*arguments(tmp_path / "b"), "--gradient-checkpointing"]) == 0
     assert steady(tmp_path / "b") == steady(out)
 
@@ -2453,10 +2337,10 @@ def test_the_rehearsals_rows_are_right_and_its_tokenizer_reads_them(start_folder
     assert loaded.decode(loaded("é 🙂 ٣")["input_ids"]) == "é 🙂 ٣"
 
 
-QUIET = "-W error::FutureWarning -W error::DeprecationWarning".split()
-BRIEF = """import sys, grpo_gsm8k as gsm
+QUIET = "-W error::FutureWarning -W error::DeprecationWarning:grpo_gsm8k".split()
+BRIEF = """import sys, grpo_sort, grpo_gsm8k as gsm
 assert not {"matplotlib", "datasets"} & {*sys.modules}  # importing does no work
-gsm.make_start.__defaults__ = (2,)
+gsm.make_start.__defaults__ = (2, "cpu")
 sys.exit(gsm.main())"""
 
 
@@ -2481,9 +2365,8 @@ def test_a_brief_rehearsal_and_its_evaluation(tmp_path, capsys):
     made, again = (x / "model.safetensors" for x in (out / "start" / "model", folder))
     assert made.read_bytes() == again.read_bytes()
     before = again.stat().st_mtime_ns
-    assert (
-        gsm.make_start(tmp_path / "again", 0, 2)[0] == folder and again.stat().st_mtime_ns == before
-    )
+    gsm.make_start(tmp_path / "again", 0, 2)
+    assert again.stat().st_mtime_ns == before
     capsys.readouterr()
     only = f"--eval-only --device cpu --model {out}/final --eval-file {test} --eval-examples 3"
     assert gsm.main([*only.split(), "--max-completion-length", "48", "--output-dir", str(out)]) == 0
