@@ -1477,8 +1477,7 @@ def main(argv=None):
             device = torch.device("cpu")
             if settings.device != "cpu":
                 if not torch.cuda.is_available():
-                    text = "torch sees no GPU, without which the full job takes weeks"
-                    raise ValueError(f"{text}: use --rehearsal, or --device cpu all the same")
+                    raise ValueError("torch sees no GPU: use --rehearsal, or --device cpu (weeks)")
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
                 torch.cuda.set_device(device)
             if WORLD_SIZE > 1:
@@ -1502,6 +1501,7 @@ def main(argv=None):
         parser.exit(1, line.format(" ".join(str(error).split())))  # OSError: a full disk, say
     # Only here: after an error the other processes may never arrive, and this would wait for them.
     if dist.is_initialized():
+        time.sleep(0.2)  # until torch's threads are done: before 2.8 it may hang otherwise
         dist.destroy_process_group()
     return status
 

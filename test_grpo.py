@@ -1251,8 +1251,8 @@ def test_left_padding_and_cache_change_no_log_probability(learned_positions, dec
     if decoder:
         policy.set_attn_implementation(decoder)
         decoder = gsm.GraphDecoder()
-    for texts, n in (["hg"], 40), (["abcdefghi"] * 3, 40):  # 24 rows in the end
-        gsm.generate_completions(policy, Words(), texts, 8, n, T, decoder=decoder)
+    for texts in (["hg"], *[["abcdefghi"] * 3] * 9):  # 24 rows in the end, and more than 256 tokens
+        gsm.generate_completions(policy, Words(), texts, 8, 40, T, decoder=decoder)
     policy.base_model.get_input_embeddings().weight.data *= 1.5
     for x in getattr(decoder, "kept", ()):
         x.fill_(math.nan)
