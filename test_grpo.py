@@ -1251,7 +1251,7 @@ def test_left_padding_and_cache_change_no_log_probability(learned_positions, dec
     if decoder:
         policy.set_attn_implementation(decoder)
         decoder = gsm.GraphDecoder()
-    for texts in (["hg"], *[["abcdefghi"] * 3] * 9):  # 24 rows in the end, and more than 256 tokens
+    for texts in (["hg"], *[["abcdefghi"] * 3] * 9, ["abcdefghi" * 30] * 3):
         gsm.generate_completions(policy, Words(), texts, 8, 40, T, decoder=decoder)
     policy.base_model.get_input_embeddings().weight.data *= 1.5
     for x in getattr(decoder, "kept", ()):
