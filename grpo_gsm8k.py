@@ -1551,6 +1551,8 @@ def main(argv=None):
         except (ValueError, OSError) as error:
             fail(error)
         status = run(settings, *job)
+    except FileExistsError as error:  # config.json: another run has begun meanwhile
+        fail(f"{error.filename}: this folder already holds a run, choose --output-dir")
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise

@@ -952,7 +952,7 @@ def test_functions_lift_out_with_the_imports_that_they_name():
 
 
 def test_the_readmes_example_of_a_reward_of_ones_own_works(capsys):
-    example = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    example = re.search(r"```python\n(import grpo_sort.*?)```", README, re.S).group(1)
     exec(example, {})
     assert capsys.readouterr().out.strip() == "3.0" and "# 3.0;" in example
 
@@ -1355,6 +1355,188 @@ def test_the_memory_of_log_probs_does_not_hold_the_whole_table():
     assert kept and (5000,) not in kept and made == [16] * 16
 
 
+# Checkpoints of other kinds ----------------------------------------------------------------------
+SYSTEMLESS = gsm.CHAT_TEMPLATE.replace(
+    "{% for",
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}{% for",
+    1,
+)
+SILENT = gsm.CHAT_TEMPLATE.replace(
+    "{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}"
+)
+THINKING = (
+    gsm.CHAT_TEMPLATE
+    + "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template", [SYSTEMLESS, SILENT, THINKING], ids=["raises", "drops", "thinks"]
+)
+@pytest.mark.parametrize("example_turn", [False, True])
+def test_templates_without_a_system_role_and_with_thinking(tokenizer, template, example_turn):
+    """The instruction must be in every prompt, once, and the model must not begin to think."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    prompt = gsm.build_prompt("How many?", tokenizer, example_turn)
+    assert prompt.count(gsm.SYSTEM_PROMPT) == 1 and prompt.count("How many?") == 1
+    assert prompt.endswith("<|im_start|>assistant\n")
+    assert prompt.count(f"{gsm.EXAMPLE_ANSWER}<|im_end|>") == example_turn
+    first = gsm.EXAMPLE_QUESTION if example_turn else "How many?"
+    joined = f"<|im_start|>user\n{gsm.SYSTEM_PROMPT}\n\n{first}<|im_end|>"
+    assert (joined in prompt) == (template != THINKING)
+
+
+def test_the_example_turn_earns_all_points():
+    assert gsm.combined_reward([gsm.EXAMPLE_ANSWER], ["72"]) == [2.8]
+    assert [r for _, r in gsm.step_rewards(gsm.EXAMPLE_ANSWER, "72")] == [1.0, 1.0, 1.0]
+
+
+def test_the_end_of_a_turn_in_the_template_ends_a_completion(tokenizer):
+    """A base model's eos_token is another; without this it would run on behind its answer."""
+    base = copy.deepcopy(tokenizer)
+    base.add_special_tokens({"eos_token": "<|endoftext|>"})
+    policy = make_policy(10, eos_token_id=base.eos_token_id)
+    policy.generation_config.eos_token_id = None
+    ends = sorted([base.eos_token_id, base.convert_tokens_to_ids("<|im_end|>")])
+    assert gsm.get_eos_token_ids(policy, base) == ends and len(ends) == 2
+
+
+def test_tags_that_are_special_tokens_stay_in_the_text(tokenizer):
+    """Skipped with the other special tokens they would leave every reward at 0."""
+    special = copy.deepcopy(tokenizer)
+    special.add_special_tokens({"additional_special_tokens": [*gsm.TAGS]})
+    text = FULL.format("2*3 = 6", 6)
+    ids = special(text + "<|im_end|>", add_special_tokens=False)["input_ids"]
+    assert special.decode(ids, skip_special_tokens=True) != text
+    decoded = gsm.decode_tokens(special, ids, [special.eos_token_id])
+    assert decoded == text and gsm.combined_reward([decoded], ["6"]) == [2.8]
+
+
+def tiny(kind, **changes):
+    """A small random model of another family."""
+    options = dict(
+        vocab_size=450, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, head_dim=8,
+        ffn_dim=64, word_embed_proj_dim=32, pad_token_id=0, bos_token_id=None, eos_token_id=1,
+        num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**options | changes)
+    name = f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
+    return getattr(transformers, name)(config)
+
+
+@pytest.mark.parametrize("kind, changes, good", [
+    ("Qwen2", {}, True), ("Llama", {}, True), ("OPT", {}, True), ("Mixtral", {}, True),
+    ("Gemma2", {}, False), ("Granite", {"logits_scaling": 8.0}, False),
+    ("Cohere", {"logit_scale": 0.0625}, False), ("Gemma2", {"final_logit_softcapping": None}, True),
+])  # fmt: skip
+def test_a_head_that_is_more_than_a_product_is_refused(kind, changes, good):
+    """Scored without its cap or scale, another policy would be trained than the one that samples."""
+    model = tiny(kind, **changes).eval()
+    if good:
+        return gsm.check_model(model)
+    with pytest.raises(ValueError, match=f"{kind}ForCausalLM.*capped or scaled"):
+        gsm.check_model(model)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind, changes", [
+    ("Qwen2", {"attention_dropout": 0.5}), ("OPT", {"dropout": 0.5, "attention_dropout": 0.5}),
+    ("OPT", {"layerdrop": 0.9}), ("GPT2", dict(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)),
+    ("Mixtral", {"router_jitter_noise": 0.5}),
+])  # fmt: skip
+def test_no_dropout_nor_other_noise_in_training(kind, changes, checkpointing):
+    """The ratio must be 1 before the first update, whatever the checkpoint's configuration says."""
+    policy = tiny(kind, **changes).train()
+    if checkpointing:
+        new = getattr(policy, "activation_checkpointing_enable", None)
+        (new or policy.gradient_checkpointing_enable)({"use_reentrant": False})
+    rollout = make_rollout(policy)
+    _, metrics = update(policy, rollout, gradient_checkpointing=checkpointing, lr=0.0)
+    assert metrics["logprob_gap"] < 1e-5
+
+
+# Own tasks ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("returned", [
+    None, 5.0, [1.0], [1.0, math.nan], [1.0, None], torch.zeros(2, 3), ["a", "b"],
+], ids=str)  # fmt: skip
+def test_a_reward_function_that_returns_something_else_is_named(returned):
+    def my_reward(completions, answers):
+        return returned
+
+    with pytest.raises(ValueError, match="my_reward must return 2 finite numbers"):
+        gsm.checked_rewards(my_reward, ["a", "b"], ["1", "2"])
+    assert gsm.checked_rewards(lambda x: torch.tensor([1, 2.5]), ["a", "b"]) == [1.0, 2.5]
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
+def test_rewards_that_are_not_finite_are_refused(reward):
+    with pytest.raises(ValueError, match="finite"):
+        gsm.compute_advantages(torch.tensor([[0.0, reward], [1.0, 2.0]]))
+    with pytest.raises(ValueError, match="finite"):
+        gsm.compute_process_advantages([[(0, 1.0)], [(0, reward)]], torch.ones(2, 2))
+
+
+def test_an_epsilon_above_1_clips_above_only():
+    ratio = torch.tensor([[0.01, 20.0]])
+    step = ratio.log(), torch.zeros(1, 2), None, torch.tensor([[-1.0, 1.0]]), torch.ones(1, 2)
+    loss, metrics = gsm.grpo_loss(*step, beta=0, epsilon=10.0)
+    assert loss.item() == pytest.approx((0.01 - 11) / 2) and metrics["clip_fraction_low"] == 0
+
+
+# What a user sees ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_console_that_knows_no_greek_gets_replacements(encoding):
+    command = [sys.executable, gsm.__file__, "--help"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0 and b"?" in done.stdout, done.stderr
+
+
+def test_a_gpu_without_bfloat16_computes_in_float32(start_folder, monkeypatch, capsys):
+    cuda = dict(is_available=True, set_device=None, is_bf16_supported=False)
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *a, value=value, **o: value)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *a: self)
+    monkeypatch.setattr(gsm, "check_model", lambda model: None)
+    model, _ = gsm.load_model(gsm.Settings(model=str(start_folder / "model")))
+    assert model.dtype == torch.float32 and "no bfloat16" in capsys.readouterr().out
+
+
+def test_the_second_of_two_runs_in_a_folder_is_refused(start_folder, tmp_path, monkeypatch, capsys):
+    """Both have passed the first look at the folder."""
+    begin = gsm.prepare
+
+    def slowly(settings):
+        job = begin(settings)
+        (tmp_path / "config.json").write_text("of the other run")
+        return job
+
+    monkeypatch.setattr(gsm, "prepare", slowly)
+    status, line = refused(flags(start_folder, tmp_path), capsys)
+    assert status == 2 and "already holds a run" in line
+    assert (tmp_path / "config.json").read_text() == "of the other run"
+
+
+OWN_TASK = re.search(r"```python\n(import grpo_gsm8k.*?)```", README, re.S)
+
+
+def test_the_readmes_own_task_runs_as_printed(start_folder, tmp_path):
+    """Ten lines, without a fork: other data, another prompt, another reward, the same trainer."""
+    rows = [{"question": f"Capital {i}?", "answer": "Paris"} for i in range(8)]
+    (tmp_path / "capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own_task.py").write_text(OWN_TASK.group(1))
+    tiny = flags(start_folder, tmp_path / "run", num_steps=1, num_iterations=1, batch_size=2)
+    tiny[tiny.index("--train-file") + 1] = tiny[tiny.index("--eval-file") + 1] = str(
+        tmp_path / "capitals.jsonl"
+    )
+    in_shell(str(tmp_path / "own_task.py"), *tiny)
+    assert read(tmp_path / "run" / "eval.jsonl")[0]["examples"] == 5
+    assert read(tmp_path / "run" / "samples.jsonl")[0]["answer"] == "Paris"
+
+
 # Advantages ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", MODES)
 def test_advantages_are_their_formulas(mode):
@@ -1676,7 +1858,12 @@ def test_arithmetic_is_that_of_python_on_random_expressions():
         exact = eval(text)
         assert judge(f"{text} = {exact}") == 1.0, text
         assert judge(f"{text} = {exact + 1}") == 0.0, text
-    for text, verdict in {"7/2 = 3.5": 1, "100/3 = 33.33": 1, "100/3 = 33.4": 0, "2/3 = 0": None}.items():
+    for text, verdict in {
+        "7/2 = 3.5": 1,
+        "100/3 = 33.33": 1,
+        "100/3 = 33.4": 0,
+        "2/3 = 0": None,
+    }.items():
         assert judge(text) == verdict, text
 
 

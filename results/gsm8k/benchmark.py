@@ -37,6 +37,7 @@ TRL = [found.version for found in importlib.metadata.distributions(name="trl")]
 # hidden and intermediate size, layers, heads, key-value heads, vocabulary
 SMALL, QWEN = (256, 1024, 4, 4, 2, 32_000), (1536, 8960, 28, 12, 2, 151_936)
 SPENT, STEPS = {}, []  # seconds by function; (end, SPENT) of finished steps
+ENDLESS = 10**6  # an end token for which the model has no logit: completions get the full length
 
 
 def plan(full_size):
@@ -91,8 +92,9 @@ def make_model(folder, sizes):
 
 def run_ours(model, tokenizer, problems, settings):
     """train_with_grpo as it is, without checkpoints → the last step's logprob_gap"""
-    for name in "generate_completions", "compute_log_probs":
+    for name in "generate_completions", "compute_group_log_probs":
         clock(gsm, name)
+    gsm.get_eos_token_ids = lambda *_: [ENDLESS]
     gsm.combined_reward = lambda texts, answers: torch.rand(len(texts)).tolist()
     gsm.save_checkpoint = lambda *_: None
     decoder = gsm.GraphDecoder() if CUDA and settings.cuda_graph else None
@@ -129,12 +131,10 @@ def run_trl(model, tokenizer, problems, settings):
 def measure(what, folder, settings):
     """Train as one contender → row for the json file"""
     settings = gsm.Settings(model=folder, output_dir=f"{folder}/run", **settings)
-    device = torch.device("cpu" if settings.device == "cpu" else "cuda")
-    model, tokenizer = gsm.load_model(folder, settings, device)
-    # An end token for which the model has no logit: every completion gets the full length.
-    tokenizer.__class__ = type("Endless", (type(tokenizer),), {"eos_token_id": 10**6})
-    # Seven of the rehearsal's questions make a prompt of 153 to 175 tokens, as long as GSM8K's.
-    texts = [problem["question"] for problem in gsm.make_problems(0, drills=0)[0]]
+    model, tokenizer = gsm.load_model(settings)
+    tokenizer.__class__ = type("Endless", (type(tokenizer),), {"eos_token_id": ENDLESS})
+    # Seven of the rehearsal's questions make a prompt as long as GSM8K's.
+    texts = [problem["question"] for problem in gsm.make_problems(0)[1]]
     texts = [" ".join(texts[i : i + 7]) for i in range(0, 21 * settings.batch_size, 7)]
     job = model, tokenizer, [{"question": x, "answer": "1"} for x in texts], settings
     clock(torch.Tensor, "backward")

@@ -42,15 +42,17 @@ def make_start(folder, seed, num_steps):
     """→ (seconds, paths of the model's folder, of training and of held-out problems)"""
     torch.set_num_threads(1)
     started = time.perf_counter()
-    paths = gsm.make_start(Path(folder), seed, num_steps)
-    return time.perf_counter() - started, *map(str, paths)
+    gsm.make_start(Path(folder), seed, num_steps)
+    paths = (f"{folder}/{name}" for name in ("model", "train.jsonl", "test.jsonl"))
+    return time.perf_counter() - started, *paths
 
 
 def train(name, settings, start):
     """One run from a start that make_start made → row for results.json"""
     torch.set_num_threads(1)
-    its, (start_seconds, folder, train_file, test_file) = gsm.Settings(**settings), start
-    model, tokenizer = gsm.load_model(folder, its, torch.device("cpu"))
+    start_seconds, folder, train_file, test_file = start
+    its = gsm.Settings(**settings | {"model": folder})
+    model, tokenizer = gsm.load_model(its)
     test, started = gsm.load_problems(test_file), time.perf_counter()
     if VARIANTS[name] is not None:
         gsm.train_with_grpo(model, tokenizer, gsm.load_problems(train_file), its, test)
@@ -64,7 +66,7 @@ def train(name, settings, start):
         evaluations += [{"step": its.num_steps, **gsm.evaluate_model(*job)}]
     row = {"variant": name, "seed": its.seed, "evaluations": evaluations}
     row |= dict(start_seconds=start_seconds, train_seconds=time.perf_counter() - started)
-    return row | {"settings": vars(its) | {"output_dir": ""}} | MADE_WITH
+    return row | {"settings": vars(its) | {"output_dir": "", "model": ""}} | MADE_WITH
 
 
 def format_study(rows):
