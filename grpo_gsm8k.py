@@ -277,8 +277,13 @@ def sample_tokens(logits, temperature=1.0, generator=None):
         raise FloatingPointError("the model's logits are not finite")
     if temperature == 0:
         return logits.argmax(dim=-1), torch.zeros(len(logits), device=logits.device)
+    # torch.multinomial draws a random number for each of Qwen's 151,936 tokens; one is enough.
     probs = logits.softmax(dim=-1)  # [row vocab]
-    tokens = torch.multinomial(probs, 1, generator=generator)  # [row 1]
+    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
+    cumulative /= cumulative[:, -1:].clone()  # [row vocab], ends in exactly 1
+    options = dict(dtype=torch.float64, device=logits.device, generator=generator)
+    uniform = torch.rand(len(logits), 1, **options)  # [row 1], below 1
+    tokens = torch.searchsorted(cumulative, uniform, right=True)  # [row 1]
     return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
 
 
@@ -474,7 +479,7 @@ def selective_log_softmax(logits, ids):
 
 
 def score_tokens(model, hidden, tokens, temperature=1.0, chunk=512):
-    """log π of tokens int[row pos] from the hidden states before them [row pos dim] → [row pos]"""
+    """log π of tokens int[token] from the hidden states before them, float[token dim] → [token]"""
     head = model.get_output_embeddings()
 
     def score(h, t):
@@ -483,9 +488,8 @@ def score_tokens(model, hidden, tokens, temperature=1.0, chunk=512):
             logits = logits / temperature
         return selective_log_softmax(logits, t)  # [chunk]
 
-    chunks = zip(hidden.flatten(0, 1).split(chunk), tokens.flatten().split(chunk))
-    log_probs = [checkpoint(score, h, t, use_reentrant=False) for h, t in chunks]
-    return torch.cat(log_probs).view(tokens.shape)
+    chunks = zip(hidden.split(chunk), tokens.split(chunk))
+    return torch.cat([checkpoint(score, h, t, use_reentrant=False) for h, t in chunks])
 
 
 def compute_log_probs(model, input_ids, attention_mask, logits_to_keep, temperature=1.0, chunk=512):
@@ -498,23 +502,26 @@ def compute_log_probs(model, input_ids, attention_mask, logits_to_keep, temperat
     inputs = dict(attention_mask=attention_mask, position_ids=positions, use_cache=False)
     hidden = model.base_model(input_ids=input_ids, **inputs).last_hidden_state  # [row pos dim]
     # (!4) The output at position t predicts token t + 1.
-    hidden = hidden[:, -logits_to_keep - 1 : -1]  # [row logits_to_keep dim]
-    return score_tokens(model, hidden, input_ids[:, -logits_to_keep:], temperature, chunk)
+    hidden = hidden[:, -logits_to_keep - 1 : -1].flatten(0, 1)  # [row*logits_to_keep dim]
+    tokens = input_ids[:, -logits_to_keep:].flatten()  # [row*logits_to_keep]
+    log_probs = score_tokens(model, hidden, tokens, temperature, chunk)
+    return log_probs.view(len(input_ids), logits_to_keep)
 
 
-def compute_group_log_probs(model, prompt_ids, completion_ids, temperature=1.0, chunk=512):
-    """The same for completions of one prompt: int[prompt_pos], int[row pos] → float32[row pos]
-    The prompt is read once, into a cache that keeps its graph: the gradients of all rows meet
-    there. Values of padding have no meaning.
+def compute_group_log_probs(model, prompt_ids, completion_ids, mask, temperature=1.0, chunk=512):
+    """The same for completions of one prompt, 0 for padding: int[prompt_pos], int[row pos], mask
+    [row pos] → float32[row pos]. The prompt is read once, into a cache that keeps its graph: the
+    gradients of all rows meet there.
     """
     rows, width = completion_ids.shape
-    cache = DynamicCache(config=model.config)
+    cache, real = DynamicCache(config=model.config), mask == 1
     # Windows and recurrent states can't be repeated with their gradients, and checkpointing
     # switches caches off: then every row reads the prompt. Padding at the end needs no mask.
     checkpoints = any(getattr(x, "gradient_checkpointing", False) for x in model.modules())
     if checkpoints or any(type(layer) is not DynamicLayer for layer in cache.layers):
         ids = torch.cat([prompt_ids.expand(rows, -1), completion_ids], dim=1)  # [row all_pos]
-        return compute_log_probs(model, ids, torch.ones_like(ids), width, temperature, chunk)
+        log_probs = compute_log_probs(model, ids, torch.ones_like(ids), width, temperature, chunk)
+        return log_probs.masked_fill(~real, 0.0)
     options = {CACHE: cache, "use_cache": True}
     hidden = model.base_model(input_ids=prompt_ids[None], **options).last_hidden_state
     hidden = hidden[:, -1:].expand(rows, -1, -1)  # [row 1 dim], before the first token
@@ -522,7 +529,8 @@ def compute_group_log_probs(model, prompt_ids, completion_ids, temperature=1.0, 
         cache.batch_repeat_interleave(rows)
         later = model.base_model(input_ids=completion_ids[:, :-1], **options).last_hidden_state
         hidden = torch.cat([hidden, later], dim=1)  # [row pos dim]
-    return score_tokens(model, hidden, completion_ids, temperature, chunk)
+    scores = score_tokens(model, hidden[real], completion_ids[real], temperature, chunk)  # [token]
+    return torch.zeros(real.shape, device=scores.device).masked_scatter(real, scores)
 
 
 @torch.no_grad()
@@ -829,13 +837,13 @@ def make_micro_batches(sampled, advantages, num_generations, micro_batch_size, k
     prompt_ids, prompt_mask, completion_ids, completion_mask, log_probs = sampled
     columns = dict(completion_ids=completion_ids, mask=completion_mask)
     columns |= dict(sampled=log_probs, advantages=advantages)
-    batches = []
-    for first in range(0, len(prompt_ids), num_generations):
-        for start in range(first, first + num_generations, micro_batch_size):
-            rows = slice(start, min(start + micro_batch_size, first + num_generations))
-            width = completion_mask[rows].sum(dim=-1).max()  # no padding that no row needs
+    lengths, batches = completion_mask.sum(dim=-1).tolist(), []
+    for first in range(0, len(lengths), num_generations):
+        group = sorted(range(first, first + num_generations), key=lambda i: -lengths[i])
+        for start in range(0, num_generations, micro_batch_size):
+            rows = group[start : start + micro_batch_size]  # of like length: little padding
             if keep_silent or (advantages[rows] != 0).any():  # otherwise there is no gradient
-                batch = {name: x[rows, :width] for name, x in columns.items()}
+                batch = {name: x[rows, : lengths[rows[0]]] for name, x in columns.items()}
                 batch["prompt_ids"] = prompt_ids[first][prompt_mask[first] == 1]
                 batches.append(batch)
     return batches
@@ -858,7 +866,7 @@ def update_policy(model, reference, optimizer, batches, settings, num_rows, num_
     for update in range(settings.mu if scored else 0):
         for batch in batches:
             mask, advantages = batch["mask"], batch["advantages"]  # [row pos]
-            inputs = batch["prompt_ids"], batch["completion_ids"], settings.temperature
+            inputs = batch["prompt_ids"], batch["completion_ids"], mask, settings.temperature
             log_probs = compute_group_log_probs(model, *inputs)  # [row pos]
             if update == 0:
                 # (!6) Before the first update these are log π_old. Later ones (µ > 1) keep them.
@@ -1052,7 +1060,7 @@ def judge_equation(left, right):
     rounded = "/" in left or "%" in left + right  # 100/3 = 33.3, but not 33.4
     if off == 0 or rounded and off <= place / 2:
         return True
-    return None if rounded and off < place else False
+    return None if rounded and off < place and shown < total + term else False  # cut off
 
 
 def step_rewards(completion, answer):
@@ -1066,10 +1074,9 @@ def step_rewards(completion, answer):
     steps = []
     for line in re.finditer(r"(?m)^(?=.{1,2000}$).*=.*$", reasoning):
         end, text = begin + line.end(), line[0]
-        annotations = re.findall("<<([^<>]*)>>", text)  # GSM8K's calculator: <<48/2=24>>24
         for pattern, plain in MARKUP:
             text = re.sub(pattern, plain, text)
-        verdicts = [judge_equation(*x.groups()) for x in map(EQUATION.fullmatch, annotations) if x]
+        verdicts = []
         for equation in EQUATION.finditer(text):
             left, right = equation.groups()
             before, after = text[: equation.start()][-60:], text[equation.end() :]

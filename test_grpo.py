@@ -967,7 +967,7 @@ def test_every_erratum_has_a_row_and_a_test():
     rows = [int(n) for n in re.findall(r"(?m)^\| (\d+) \|", ERRATA)]
     names = re.findall(r"(?m)^def (test_\w+)", Path(__file__).read_text(encoding="utf-8"))
     tested = {int(n) for n in re.findall(r"\btest_erratum_(\d+)_", " ".join(names))}
-    assert rows == sorted(tested) == list(range(1, 14))
+    assert rows == sorted(tested) == list(range(1, 15))
     for part in re.findall(r"pytest test_grpo.py -k (\w+)", README):
         assert any(part in name for name in names), part
 
@@ -1838,16 +1838,15 @@ def test_steps_are_lines_of_the_reasoning_and_the_answer():
     """Offsets count in the completion as it was sampled, not in what is left without markup."""
     text = (
         "<reasoning>\nI think.\n\\(2\\times3 = **6**\\)\nThen 6+1 = 8, 1+1 = 2.\n"
-        "<<6+1=7>>7\n</reasoning>\n1+1 = 3\n<answer>7</answer> bye"
+        "6+1=<<6+1=7>>7\n</reasoning>\n1+1 = 3\n<answer>7</answer> bye"
     )
     steps = gsm.step_rewards(text, "7")
     assert [reward for _, reward in steps] == [1.0, 0.0, 1.0, 1.0]
     ends = [text[:end].split("\n")[-1] for end, _ in steps]
-    shown = ["\\(2\\times3 = **6**\\)", "Then 6+1 = 8, 1+1 = 2.", "<<6+1=7>>7"]
+    shown = ["\\(2\\times3 = **6**\\)", "Then 6+1 = 8, 1+1 = 2.", "6+1=<<6+1=7>>7"]
     assert ends == [*shown, "<answer>7</answer> bye"]
     assert gsm.step_rewards("<answer>1080</answer>", "1,080") == [(21, 0.75)]
     assert gsm.step_rewards("", "7") == [(0, 0.0)]
-    assert judge("<<5=5>> 2 * 2 = <<2*2=5>>4") == 0.0  # the annotation is judged too
 
 
 def test_arithmetic_is_that_of_python_on_random_expressions():
@@ -1886,7 +1885,6 @@ def test_step_checker_on_the_reasoning_of_gsm8k(split):
     draw = random.Random(0)
     for row in Path(GSM8K, f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
         for line in json.loads(row)["answer"].partition("\n####")[0].split("\n"):
-            assert all(judge(annotation) == 1.0 for annotation in re.findall("<<.*?>>", line))
             plain = re.sub("<<.*?>>", "", line)
             if "=" not in plain:
                 continue
@@ -2064,7 +2062,9 @@ def test_silent_groups_cost_nothing_and_prompts_are_read_once(monkeypatch):
     (ids, mask, completions, *_), _ = make_rollout(policy)
     prompt = ids[0][mask[0] == 1]
     read.reset_mock()
-    gsm.compute_group_log_probs(policy, prompt, completions[:4])
+    gsm.compute_group_log_probs(
+        policy, prompt, completions[:4], torch.ones(4, completions.shape[1])
+    )
     shapes = [tuple(call.kwargs["input_ids"].shape) for call in read.call_args_list]
     assert shapes == [(1, len(prompt)), (4, completions.shape[1] - 1)]
 
@@ -2084,7 +2084,10 @@ def test_a_shared_prompt_changes_neither_log_probs_nor_gradients(config):
         completions = torch.randint(2, 10, (5, width), generator=seeded(1))
         ids = torch.cat([prompt.expand(5, -1), completions], dim=1)
         alone = policy(ids).logits[:, 6:-1].log_softmax(-1).gather(-1, completions[..., None])
-        shared = gsm.compute_group_log_probs(policy, prompt, completions)
+        mask = torch.ones_like(completions)
+        mask[3, 4:] = 0  # padding: 0, without a gradient
+        alone = alone * mask[..., None]
+        shared = gsm.compute_group_log_probs(policy, prompt, completions, mask)
         assert torch.allclose(shared, alone[..., 0], atol=1e-5)
         weights, parameters = torch.randn(5, width, generator=seeded(2)), [*policy.parameters()]
         wanted = torch.autograd.grad((alone[..., 0] * weights).sum(), parameters)
@@ -2099,8 +2102,8 @@ def test_entropy_and_the_gap_between_sampler_and_scorer(tokenizer):
     batches, record, _ = gsm.collect_rollout(policy, tokenizer, rows, settings, lot)
     total = 0.0
     for batch in batches:
-        inputs = batch["prompt_ids"], batch["completion_ids"], 0.7
-        total -= (gsm.compute_group_log_probs(policy, *inputs) * batch["mask"]).sum().item()
+        inputs = batch["prompt_ids"], batch["completion_ids"], batch["mask"], 0.7
+        total -= gsm.compute_group_log_probs(policy, *inputs).sum().item()
     entropy = total / record["num_items"]
     assert record["entropy"] == pytest.approx(entropy, rel=1e-4) and entropy > 1
     sizes = record["num_rows"], record["num_items"]
