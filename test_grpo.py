@@ -7,10 +7,8 @@ Tests named test_erratum_N prove row N of the errata table in README.md.
 """
 
 import ast
-import builtins
 import copy
 import dataclasses
-import dis
 import functools
 import inspect
 import itertools
@@ -1433,7 +1431,7 @@ def tiny(kind, **changes):
     ("Cohere", {"logit_scale": 0.0625}, False), ("Gemma2", {"final_logit_softcapping": None}, True),
 ])  # fmt: skip
 def test_a_head_that_is_more_than_a_product_is_refused(kind, changes, good):
-    """Scored without its cap or scale, another policy would be trained than the one that samples."""
+    """Scored without cap or scale, another policy would be trained than the one that samples."""
     model = tiny(kind, **changes).eval()
     if good:
         return gsm.check_model(model)
