@@ -430,9 +430,10 @@ RECIPE = dict(  # what it changes
 
 def check_prompts(prompts, num_runs, vocab_size):
     """Lists of whole numbers, or a tensor → int[batch pos] or int[run batch pos]"""
-    if not torch.is_tensor(prompts) and len({len(prompt) for prompt in prompts}) > 1:
-        raise ValueError("prompts must be of one length, such as 3,2,4 and 1,2,3")
-    prompts = torch.as_tensor(prompts)
+    try:
+        prompts = torch.as_tensor(prompts)
+    except ValueError:
+        raise ValueError("prompts must be of one length, such as 3,2,4 and 1,2,3") from None
     if prompts.dim() < 2 or prompts.shape[:-2] not in ((), (num_runs,)):
         raise ValueError(f"prompts must be [batch pos] or [run batch pos]: {prompts.shape}")
     if prompts.is_floating_point() or not 0 <= prompts.min() <= prompts.max() < vocab_size:
@@ -720,8 +721,9 @@ def run_experiments(common, out):
     print(worked_example())
     show = functools.partial(show_epoch, count=3)
     run_policy_gradient(**RECIPE | common, on_epoch=show)
-    names = zip(("raw", "centred", "normalised"), DELTAS)
-    classic = {f"classic, {x} rewards": common | dict(deltas_mode=d) for x, d in names}
+    classic = {"classic, raw rewards": common}
+    for name, mode in (("centred", "centered_rewards"), ("normalised", "normalized_rewards")):
+        classic[f"classic, {name} rewards"] = common | dict(deltas_mode=mode)
     ladder, settings = {}, common
     for label, change in LADDER:
         ladder[label] = settings = settings | change
@@ -779,8 +781,8 @@ def main(argv=None):
         given = given_settings(args)
         common = dict(num_runs=32) | {k: given[k] for k in ("num_runs", "seed") if k in given}
         base = ({} if args.classic else RECIPE) | common | given
-        args.out.mkdir(parents=True, exist_ok=True)
         if args.compare:
+            args.out.mkdir(parents=True, exist_ok=True)
             name, values = args.compare[0].replace("-", "_"), args.compare[1:]
             if name not in SETTINGS or not values:
                 raise ValueError(f"--compare needs a setting and values: {', '.join(SETTINGS)}")
@@ -793,6 +795,7 @@ def main(argv=None):
             runs = f"{(exact == 1).sum()} of {len(exact)} runs sort every prompt"
             print(f"\n{runs}, on average they sort {exact.mean():.1%}")
         else:
+            args.out.mkdir(parents=True, exist_ok=True)
             run_experiments(common, args.out)
     except (ValueError, OSError) as error:
         parser.error(str(error).split("\n")[0])
