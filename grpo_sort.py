@@ -385,8 +385,8 @@ def compute_entropy(prompts, model):
 
 CLASSIC_PROMPTS = ((1, 0, 2), (3, 2, 4), (1, 2, 3))
 REWARDS = {
-    "distance": sort_distance_reward, "exact": exact_sort_reward,
-    "inclusion_ordering": sort_inclusion_ordering_reward,
+    "distance": sort_distance_reward,
+    "inclusion_ordering": sort_inclusion_ordering_reward, "exact": exact_sort_reward,
 }  # fmt: skip
 DELTAS = (
     "rewards", "centered_rewards", "normalized_rewards", "max_rewards", "leave_one_out",
