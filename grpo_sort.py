@@ -5,29 +5,28 @@ A tiny model learns to sort three numbers. It is never shown a right answer. It 
 responses, each gets a reward, and the policy gradient makes the better ones more likely.
 GRPO, Group Relative Policy Optimization, samples a group of responses to each prompt (3),
 weighs each by how much better it is than its group (4), takes several steps on the same
-samples with a clipped ratio (6), and may stay close to a reference model (8). Its relatives
-change one of these. PPO (10) learns a value network instead of sampling groups.
+samples with a clipped ratio (6), and may stay close to a reference model (8). PPO (10) learns
+a value network instead of sampling groups.
 
     python grpo_sort.py                                    watch it learn, compare settings
     python grpo_sort.py --loss-mode cispo                  one setting changed (--help: all)
     python grpo_sort.py --compare num_responses 2 4 8 16   a row for each value
     python grpo_sort.py --classic                          the classic settings, all samples
 
-    1 task and rewards    4 deltas               7 worked example    10 PPO: critic, GAE
-    2 model               5 log-probabilities    8 KL, entropy       11 what a run shows
-    3 sampling            6 losses               9 training loop     12 command line
+    1 task and rewards   4 deltas              7 worked example   10 PPO: critic, GAE
+    2 model              5 log-probabilities   8 KL, entropy      11 what a run shows
+    3 sampling           6 losses              9 training loop    12 command line
 
-*Classic* are the settings of Stanford's CS336 (2025, lecture 17), where task, model and
-function names come from. *The recipe*, ours, changes five of them (section 9). Notation:
+*Classic* are the settings of Stanford's CS336 (2025, lecture 17), where task, model and names
+come from. *The recipe*, ours, changes five of them (section 9). Notation:
 
-    [batch trial pos]  prompts, responses to each (its group), tokens. There may be one more
-                       axis in front of a shape, run: many trainings side by side
-    vocab, dim         number of different tokens, width of the model
-    π(a | s)           the policy's probability of the response a to the prompt s
-    δ, delta           the weight of a response in the update, its advantage
-    exact match        share of prompts that the model's likeliest response sorts
-    table 6a           of results/sort/tables.md, where all measured numbers are
-    (!1) to (!7)       lines that are easy to get wrong
+    [batch trial pos]   prompts, responses to each (its group), tokens; any shape may have one
+                        more axis in front, run: many trainings side by side
+    π(a | s)            the policy's probability of the response a to the prompt s
+    δ, delta            the weight of a response in the update, its advantage
+    exact match         share of prompts that the model's likeliest response sorts
+    table 6a            of results/sort/tables.md, where all measured numbers are
+    (!1) to (!7)        lines that are easy to get wrong
 """
 
 import argparse
@@ -94,15 +93,10 @@ def compute_reward(prompts, responses, reward_fn):
     ValueError for anything else: a reward for each token would train on the wrong signal.
     """
     rewards, shape = reward_fn(prompts, responses), responses.shape[:-1]
-    found = f"{rewards!r:.40}"
-    if torch.is_tensor(rewards):
-        found = f"one of {list(rewards.shape)}"
-        if not rewards.isfinite().all():
-            found = "NaN or infinity"
-        elif rewards.shape == shape:
-            return rewards.float()
-    name = getattr(reward_fn, "__name__", "reward_fn")
-    raise ValueError(f"{name} must return a finite tensor {list(shape)}, not {found}")
+    if not (torch.is_tensor(rewards) and rewards.shape == shape and rewards.isfinite().all()):
+        name, found = getattr(reward_fn, "__name__", "reward_fn"), f"{rewards!r:.80}"
+        raise ValueError(f"{name} must return a finite tensor {list(shape)}, not {found}")
+    return rewards.float()
 
 
 # 2. The model ================================================================
@@ -320,20 +314,18 @@ def worked_example():
         lines.append(f"{name:24}" + "".join(f"{x:12.3f}" for x in values[0].tolist()))
     return "\n".join(lines) + f"""
 
-The gradient is that of the clipped loss with centred rewards by log π of a token, −δ / 12 as
-there are 12 tokens. It raises the first two responses and lowers the others. The loss itself,
-minus the mean of δ, is {abs(loss):.1f}, as on the first step of every batch. It does not measure
-progress, the reward does. When a log π has risen from −1.10 to −0.80, its ratio is
-{math.exp(0.3):.2f}, above 1 + ε = 1.2. With δ > 0 it is not raised further, with δ < 0 it is
-lowered."""  # fmt: skip
+The gradient is that of the clipped loss with centred rewards by log π of a token: −δ / 12 raises
+the first two responses and lowers the others. The loss itself, minus the mean of δ, is
+{abs(loss):.1f}, as on the first step of every batch. It does not measure progress, the reward does.
+When a log π has risen from −1.10 to −0.80, its ratio is {math.exp(0.3):.2f}, above 1 + ε = 1.2.
+With δ > 0 it is not raised further, with δ < 0 it is lowered."""  # fmt: skip
 
 
 # 8. The KL penalty and the entropy bonus =====================================
 # The penalty ties the policy to a reference π_ref, so that it does not forget what the reward
 # does not ask for: the model before training or, where that is random as here, a copy of the
-# policy, renewed now and then. The recipe needs none. KL(π ‖ π_ref) = E_{a∼π}[log π − log π_ref]
-# is 0 if both agree, and not symmetric. It is estimated from samples of π, with the
-# x = log π_ref − log π of a token:
+# policy, renewed now and then. The recipe needs none. KL(π ‖ π_ref) = E_{a∼π}[log π − log π_ref],
+# 0 if both agree, is estimated from samples of π, with x = log π_ref − log π of a token:
 
 #                          on policy, as an estimate     as a loss it has the gradient of
 #     k1 = −x              unbiased, may be negative     only noise: E[∇log π] = 0
@@ -354,9 +346,9 @@ def compute_kl_penalty(log_probs, ref_log_probs, estimator="k3", old_log_probs=N
     float[batch trial pos] each → scalar, or float[run]. Without old_log_probs ρ has value 1
     and gradient ∇log π. For GRPO's β (eq. 3 is a mean over pos) use β / pos.
     """
-    given = [x for x in (log_probs, ref_log_probs, old_log_probs) if x is not None]
-    if log_probs.dim() < 3 or any(x.shape != log_probs.shape for x in given):
-        raise ValueError(f"not [batch trial pos]: {[list(x.shape) for x in given]}")
+    others = [x for x in (ref_log_probs, old_log_probs) if x is not None]
+    if log_probs.dim() < 3 or any(x.shape != log_probs.shape for x in others):
+        raise ValueError("all log-probabilities must be [batch trial pos]")
     x = ref_log_probs.detach() - log_probs  # [batch trial pos]
     if estimator == "k1":
         kl = -x
@@ -428,17 +420,12 @@ RECIPE = dict(  # what it changes
 )  # fmt: skip
 
 
-def check_prompts(prompts, num_runs, vocab_size):
-    """Lists of whole numbers, or a tensor → int[batch pos] or int[run batch pos]"""
+def as_prompts(prompts):
+    """Lists of whole numbers from 0 up, or a tensor → int[batch pos] or int[run batch pos]"""
     try:
-        prompts = torch.as_tensor(prompts)
+        return torch.as_tensor(prompts)
     except ValueError:
         raise ValueError("prompts must be of one length, such as 3,2,4 and 1,2,3") from None
-    if prompts.dim() < 2 or prompts.shape[:-2] not in ((), (num_runs,)):
-        raise ValueError(f"prompts must be [batch pos] or [run batch pos]: {prompts.shape}")
-    if prompts.is_floating_point() or not 0 <= prompts.min() <= prompts.max() < vocab_size:
-        raise ValueError("prompts must be whole numbers from 0 up, below vocab_size")
-    return prompts
 
 
 def draw_batch(prompts, batch_size, num_runs, generator):
@@ -455,7 +442,7 @@ def measure_epoch(losses, rewards, prompts, model, ref_model):
     """What is recorded of an epoch, most of it after the epoch → {name: float[run]}"""
     log_probs = model(prompts).log_softmax(dim=-1)  # [run batch pos vocab]
     ref_log_probs = ref_model(prompts).log_softmax(dim=-1)  # [run batch pos vocab]
-    probs = log_probs.exp()  # [run batch pos vocab]
+    probs = log_probs.exp()
     right = log_probs.argmax(dim=-1) == prompts.sort(dim=-1).values  # [run batch pos]
     measured = {
         "loss": torch.stack(losses).mean(dim=0),  # over the inner steps
@@ -485,7 +472,7 @@ def run_policy_gradient(
     an epoch, with "epoch" and "step", the gradient steps so far. After each epoch calls
     on_epoch(record, prompts, responses, rewards, deltas, log_probs).
     """
-    prompts = check_prompts(prompts, num_runs, vocab_size or math.inf)
+    prompts = as_prompts(prompts)  # [batch pos] or [run batch pos]
     if deltas_mode == "process" and reward_fn is not sort_distance_reward:
         raise ValueError("deltas_mode process needs reward_fn distance")
     vocab_size, length = vocab_size or int(prompts.max()) + 1, prompts.shape[-1]
@@ -506,13 +493,9 @@ def run_policy_gradient(
         batch = draw_batch(prompts, batch_size, num_runs, generator)  # [run batch pos]
         responses = generate_responses(batch, model, num_responses, generator)
         rewards = compute_reward(batch, responses, reward_fn)  # [run batch trial]
-        if deltas_mode == "process":
-            deltas = compute_process_deltas(sort_step_rewards(batch, responses))
-        elif deltas_mode == "gae":
-            values = critic(batch, responses).detach()  # [run batch trial pos]
-            deltas, returns = compute_ppo_deltas(rewards, values, gamma, lam)
-        else:
-            deltas = compute_deltas(rewards, deltas_mode)  # [run batch trial]
+        deltas, returns = deltas_and_returns(
+            deltas_mode, batch, responses, rewards, critic, gamma, lam
+        )
         old_log_probs = compute_log_probs(batch, responses, model).detach()
         ref_log_probs = compute_log_probs(batch, responses, ref_model)
         losses = []
@@ -624,8 +607,13 @@ def compute_gae(token_rewards, values, gamma=1.0, lam=0.95):
     return advantages, advantages + values
 
 
-def compute_ppo_deltas(rewards, values, gamma, lam):
-    """[run batch trial], [run batch trial pos] → (deltas, returns), both shaped as values"""
+def deltas_and_returns(mode, prompts, responses, rewards, critic, gamma, lam):
+    """The deltas of every mode, [run batch trial (pos)], and for gae the critic's targets"""
+    if mode == "process":
+        return compute_process_deltas(sort_step_rewards(prompts, responses)), None
+    if mode != "gae":
+        return compute_deltas(rewards, mode), None
+    values = critic(prompts, responses).detach()  # [run batch trial pos]
     # The whole reward comes with the last token: [run batch trial pos]
     token_rewards = F.pad(rewards.unsqueeze(-1), (values.shape[-1] - 1, 0))
     advantages, returns = compute_gae(token_rewards, values, gamma, lam)
@@ -686,16 +674,14 @@ def train_matrix(title, base):
         losses, width = (LOSSES, 11) if deltas in DELTAS else (("clipped",), 33)
         rows = [base | dict(deltas_mode=deltas, loss_mode=loss) for loss in losses]
         exact = [100 * train(*sorted(row.items())).exact_match for row in rows]  # each [run]
-        means = [mean_and_interval(percent)[0] for percent in exact]
-        tqdm.write(f"{deltas:20}" + "".join(f"{mean:{width}.1f}" for mean in means))
+        cells = [f"{mean_and_interval(percent)[0]:{width}.1f}" for percent in exact]
+        tqdm.write(f"{deltas:20}" + "".join(cells))
 
 
 def draw_curves(results, out):
     """out/curves.png of {label: (settings, result)}: reward, exact match and loss by epoch"""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return print("no curves.png, because matplotlib is missing: pip install matplotlib")
+    import matplotlib.pyplot as plt
+
     plt.switch_backend("Agg")  # no window
     figure, axes = plt.subplots(1, 3, figsize=(11, 4.2), layout="constrained")
     titles = "mean reward, % of its maximum", "prompts sorted, %", "loss: no measure of progress"
@@ -741,8 +727,7 @@ def make_parser():
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--classic", action="store_true", help="start from the classic settings; print samples")
-    text = "a row for each value, as --compare num_responses 2 4 8"
-    add("--compare", nargs="+", metavar=("SETTING", "VALUE"), help=text)
+    add("--compare", nargs="+", metavar=("SETTING", "VALUE"), help="train a row for each value")
     add("--out", type=Path, default="runs/sort", help="folder for curves.png (runs/sort)")
     text = "any of these but num_runs and seed trains one variant of the recipe or of --classic"
     add = parser.add_argument_group("settings", text).add_argument
@@ -763,8 +748,8 @@ def given_settings(args):
             raise ValueError(f"{name} must be a finite number from {least} up, not {value}")
         if name in ("reward_fn", "anneal"):
             given[name] = REWARDS.get(value, value == "yes")
-        if name == "prompts":
-            given[name] = tuple(tuple(int(x) for x in prompt.split(",")) for prompt in value)
+        if name == "prompts":  # as "3,2,4"
+            given[name] = tuple(tuple(map(int, prompt.split(","))) for prompt in value)
     return given
 
 
@@ -797,7 +782,7 @@ def main(argv=None):
         else:
             args.out.mkdir(parents=True, exist_ok=True)
             run_experiments(common, args.out)
-    except (ValueError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
         parser.error(str(error).split("\n")[0])
 
 

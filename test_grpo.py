@@ -663,7 +663,7 @@ def test_functions_refuse_what_cannot_work(call):
 
 @pytest.mark.parametrize("arguments", [
     dict(prompts=[1, 2, 3]), dict(prompts=[[0.5, 1.0]]), dict(prompts=[[-1, 2]]), dict(prompts=[]),
-    dict(prompts=[[[1, 2]]], num_runs=2), dict(prompts=[[1, 9]], vocab_size=9),
+    dict(prompts=[[[1, 2]]] * 3, num_runs=2), dict(prompts=[[1, 9]], vocab_size=9),
     dict(prompts=[[1, 2], [3]]), dict(deltas_mode="ppo"), dict(loss_mode="ppo"),
     dict(kl_estimator="k4", kl_penalty=0.1), dict(num_responses=1), dict(learning_rate=math.nan),
     dict(kl_penalty=math.nan), dict(deltas_mode="process", reward_fn=gs.exact_sort_reward),
@@ -671,21 +671,23 @@ def test_functions_refuse_what_cannot_work(call):
     dict(learning_rate=1e30, num_epochs=5),  # found when the policy is no longer finite
 ], ids=str)  # fmt: skip
 def test_training_refuses_what_cannot_work(arguments):
-    with pytest.raises(ValueError):
+    with pytest.raises((ValueError, RuntimeError)):
         learn(**arguments)
 
 
 @pytest.mark.parametrize("returned, told", [
-    (lambda r: None, "not None"), (lambda r: r.tolist(), r"not \[\["),
-    (lambda r: torch.where(r > 1, r, math.nan), "not NaN or infinity"),
-    (lambda r: r[..., :1], r"tensor \[3, 10\], not one of \[3, 1\]"),
+    (lambda r: None, "None"), (lambda r: r.tolist(), r"\[\[1.0"),
+    (lambda r: torch.where(r > 1, r, math.nan), r"tensor\(\[\[.*nan"),
+    (lambda r: r[..., :1], r"tensor\(\[\[1"),
 ])  # fmt: skip
 def test_a_reward_function_is_told_what_it_returned(returned, told):
     def my_reward(prompts, responses):
         return returned(gs.sort_distance_reward(prompts, responses))
 
     responses = torch.zeros(3, 10, 3, dtype=torch.long)
-    with pytest.raises(ValueError, match=f"my_reward must return a finite .*{told}"):
+    with pytest.raises(
+        ValueError, match=rf"my_reward must return a finite tensor \[3, 10\], not {told}"
+    ):
         gs.compute_reward(PROMPTS, responses.index_fill(-2, torch.tensor(0), 2), my_reward)
 
 
@@ -884,12 +886,12 @@ def test_classic_prints_every_response_with_reward_delta_and_log_prob(
 
 @pytest.mark.parametrize("arguments, told", [
     ("--nonsense", "nonsense"), ("--loss-mode ppo", "--loss-mode"), ("--reward-fn x", "distance"),
-    ("--prompts a,b", "a"), ("--prompts 3,2,4 1,2", "one length"), ("--prompts 3,-2", "from 0"),
+    ("--prompts a,b", "a"), ("--prompts 3,2,4 1,2", "one length"), ("--prompts 3,-2", "negative"),
     ("--num-epochs 0", "num_epochs must be a finite number from 1 up"),
     ("--num-epochs 1.5", "--num-epochs"), ("--num-responses 1", "trial"),
     ("--kl-penalty nan", "kl_penalty"), ("--learning-rate -1", "learning_rate"),
     ("--learning-rate 1e30 --num-runs 1", "lower learning_rate"), ("--num-runs 0", "num_runs"),
-    ("--seed -1 --classic", "seed"), ("--vocab-size 3 --prompts 3,1", "below vocab_size"),
+    ("--seed -1 --classic", "seed"), ("--vocab-size 3 --prompts 3,1", "smaller than"),
     ("--deltas-mode process --reward-fn exact", "process"), ("--out /dev/null/x", "/dev/null/x"),
     ("--compare num_responses", "needs a setting and values"), ("--compare size 2", "num_runs"),
     ("--compare num_responses two", "num-responses"), ("--compare loss_mode ppo", "loss-mode"),
@@ -913,10 +915,13 @@ def test_a_console_without_greek_letters_gets_replacements(arguments, shown):
     assert done.returncode == 0 and shown in done.stdout, done.stderr
 
 
-def test_a_missing_matplotlib_costs_the_plot_only(tmp_path, monkeypatch, capsys):
+def test_a_missing_matplotlib_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it fails
-    gs.draw_curves({}, tmp_path)
-    assert "pip install matplotlib" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        gs.main("--compare seed 1 --num-epochs 1 --num-runs 1".split())
+    out, error = capsys.readouterr()
+    assert "| seed 1 " in out and re.fullmatch(".*matplotlib.*\n", error)
 
 
 def make_row(exact_match=0.75, **more):
