@@ -3,22 +3,26 @@
 
     python results/sort/study.py [DIR]      two processes; 11 minutes on two cores
 
-Experiments 1 to 5 are those of grpo_sort.py with more rows, 2a is the untrained policy, 6 is theory
-checked by enumeration. Rows are written to results.json and tables.md as they are measured. Shapes
-are written as in grpo_sort.py; `params` are all parameters of a model in one vector.
+Experiments: 1 classic, 2 from there to the recipe, 3 deltas and losses, 4 KL to PPO, 5 unseen
+prompts, 6 theory by enumeration. Rows are written as they are measured. Shapes are written as in
+grpo_sort.py; `params` are all parameters of a model in one vector.
 """
 
 import itertools
+import json
 import math
 import multiprocessing
+import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import grpo_sort as gs
 
@@ -52,7 +56,8 @@ def compute_scores(prompts, responses, model):
 
     A model with a run axis, int[batch pos], int[trial pos] → float[run batch trial params]
     """
-    everywhere = responses.expand(len(prompts), -1, -1)  # [batch trial pos]
+    runs = len(model.embedding)
+    everywhere = responses.expand(runs, len(prompts), -1, -1)  # [run batch trial pos]
     log_probs = gs.compute_log_probs(prompts, everywhere, model).sum(dim=-1)  # [run batch trial]
     scores = [flat_gradient(x, model) for x in log_probs.flatten(1).unbind(dim=1)]
     return torch.stack(scores, dim=1).unflatten(1, log_probs.shape[1:])
@@ -135,7 +140,7 @@ def measure_estimators(prompts, responses, old_model, model, ref_model):
     """Table 6c: the KL estimators on samples of old_model; on policy that is the same as model.
 
     Samples do not move with the parameters: as a loss an estimator has the gradient of
-    E_{π_old}[estimator] with π_old held fixed. responses are all, int[batch trial pos].
+    E_{π_old}[estimator] with π_old held fixed. responses are all, int[run batch trial pos].
 
     The last one, a slip found in the wild, is k3 of y = log π − log π_ref, minus x: e^y − y − 1. It
     looks right, for its minimum is at 0 too. But E[e^y] is 1 + χ² where that of k3 is 1, with
@@ -203,8 +208,8 @@ def measure_gradients(num_runs, seed, group_size=4):
     generator = torch.Generator().manual_seed(seed)  # as those trainings began
     initial = gs.Model(5, 10, 3, 3, gs.RECIPE["init_scale"], num_runs, generator)
     responses = enumerate_responses(5, 3)  # [trial pos]
-    everywhere = responses.expand(len(prompts), -1, -1)  # [batch trial pos]
-    rewards = gs.sort_distance_reward(prompts, everywhere)  # [batch trial]
+    everywhere = responses.expand(num_runs, len(prompts), -1, -1)  # [run batch trial pos]
+    rewards = gs.sort_distance_reward(prompts, everywhere[0])  # [batch trial]
     log_probs = gs.compute_log_probs(prompts, everywhere, model)  # [run batch trial pos]
     probs = log_probs.sum(dim=-1).exp().detach()  # [run batch trial], sums to 1 over trial
     scores = compute_scores(prompts, responses, model)  # [run batch trial params]
@@ -240,7 +245,7 @@ CROSS_ENTROPY, EXPECTED_REWARD = "cross-entropy on the answers", "exact expected
 
 
 def train_on_answers(prompts, objective, num_epochs, batch_size, entropy_bonus, seed, **_):
-    """The model of gs.UNSEEN, shown the sorted answers: steps without any sampled response.
+    """The model of UNSEEN, shown the sorted answers: steps without any sampled response.
 
     objective CROSS_ENTROPY is the mean log π(right token); EXPECTED_REWARD is the mean π(right
     token), the expected distance reward / n: what RL climbs, without its noise.
@@ -248,12 +253,12 @@ def train_on_answers(prompts, objective, num_epochs, batch_size, entropy_bonus, 
     """
     num_runs, _, length = prompts.shape
     generator = torch.Generator().manual_seed(seed)
-    dim, scale = gs.UNSEEN["embedding_dim"], gs.UNSEEN["init_scale"]
+    dim, scale = UNSEEN["embedding_dim"], UNSEEN["init_scale"]
     model = gs.Model(int(prompts.max()) + 1, dim, length, length, scale, num_runs, generator)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     for epoch in range(num_epochs):
         remaining = 1 - epoch / num_epochs
-        optimizer.param_groups[0]["lr"] = gs.UNSEEN["learning_rate"] * remaining
+        optimizer.param_groups[0]["lr"] = UNSEEN["learning_rate"] * remaining
         batch = gs.draw_batch(prompts, batch_size, num_runs, generator)  # [run batch pos]
         answers = batch.sort(dim=-1).values.unsqueeze(-2)  # [run batch 1 pos]
         log_probs = gs.compute_log_probs(batch, answers, model)  # [run batch 1 pos]
@@ -289,40 +294,141 @@ def describe_errors(train, model):
     return {"left": left, "worst": ", ".join(worst) or "none"}
 
 
-def measure(settings):
-    """A row as of gs.measure; with a split of the prompts also what is left wrong.
+def split_prompts(vocab_size, length, num_train, num_runs, seed):
+    """All vocab^length prompts, split at random: int[run num_train pos], int[run rest pos].
 
-    With an objective in settings the model is trained on the answers instead of rewards.
+    The prompts of zeros only and of largest numbers only are in the first. Otherwise 0 never
+    appears as a right last token and cannot be learned.
     """
-    if "split" not in settings:
-        return gs.measure(settings)
-    others = {k: x for k, x in settings.items() if k != "split"}
-    parts = gs.split_prompts(*settings["split"], settings["num_runs"], settings["seed"])
-    if "objective" in settings:
-        model = train_on_answers(parts[0], **others)
+    prompts = enumerate_responses(vocab_size, length)  # [prompt pos]
+    extreme = (prompts == 0).all(dim=-1) | (prompts == vocab_size - 1).all(dim=-1)  # [prompt]
+    order = torch.rand(num_runs, len(prompts), generator=torch.Generator().manual_seed(seed))
+    order = (order - extreme.float()).argsort(dim=-1)  # [run prompt], the extremes first
+    return prompts[order[:, :num_train]], prompts[order[:, num_train:]]
+
+
+def measure_unseen(split, settings, objective=None):
+    """A row of experiment 5 → {metric: list[run]} and what is left wrong; split: of split_prompts.
+
+    With an objective the model is trained on the answers instead of rewards.
+    """
+    parts = split_prompts(*split, settings["num_runs"], settings["seed"])
+    if objective is None:
+        model = gs.run_policy_gradient(**settings, prompts=parts[0]).model
     else:
-        model = gs.run_policy_gradient(**others, prompts=parts[0]).model
+        model = train_on_answers(parts[0], objective, **settings)
     right = [gs.sorts_greedily(x, model).float().mean(dim=-1) for x in parts]  # each [run]
-    row = {
-        name: x.double().round(decimals=6).tolist()
-        for name, x in zip(("exact_match", "unseen"), right)
-    }
+    row = {"exact_match": as_list(right[0]), "unseen": as_list(right[1])}
     return row | describe_errors(parts[0], model)
 
 
-# The plan and its tables ==========================================================================
+def measure(settings):
+    """Train one row of a table → {metric: list[run]}, and "curves" of run_policy_gradient"""
+    settings = dict(settings)
+    if split := settings.pop("split", None):
+        return measure_unseen(split, settings, settings.pop("objective", None))
+    result = gs.run_policy_gradient(**settings)
+    solved = result.curves["batch_exact_match"] == 1  # bool[epoch run]
+    # [run], the first epoch that sorts all, even if that is lost again; the last if none does
+    first = ((solved.cumsum(dim=0) == 0).sum(dim=0) + 1).clamp(max=len(solved))
+    row = {"exact_match": result.exact_match, "solved": (result.exact_match == 1).float()}
+    row |= {"epochs": first.float(), "entropy": result.curves["entropy"][-1]}
+    row = {name: as_list(values) for name, values in row.items()}
+    return row | {"curves": {name: curve.tolist() for name, curve in result.curves.items()}}
+
+
+def as_list(values):
+    """float[run] → the same numbers, rounded to six decimals, for JSON"""
+    return [round(x, 6) for x in values.tolist()]
+
+
+# The plan =========================================================================================
+
+# A table is data: (title, base settings, changes). Each change of the base makes a row of 32 runs.
+# Where the base is None, each change is added to the row above.
 # fmt: off
-TITLES = {t[0].split(".")[0]: t[0] for tables in gs.EXPERIMENTS.values() for t in tables}
-TITLES |= {
-    "2a": "2a. The untrained policy",
-    "3": "3. The recipe with every delta and loss: exact match, %",
-    "5b": "5b. 5 numbers from 10: train on 20,000 prompts, test on the other 80,000",
-    "6a": "6a. The expected update of each delta against the true gradient ∇J, exact, G = 4",
-    "6b": "6b. The expected update with each ratio, exact",
-    "6c": "6c. KL estimators, exact: mean and std as multiples of KL(π ‖ π_ref), gradient error",
-    "6e": "6e. The optimal baseline: two actions, π = 0.8 and 0.2, rewards 11 and 9, exact",
-}
-gs.COLUMNS |= {  # metric: (heading, factor, decimals)
+
+# The best settings found for unseen prompts. split: of split_prompts
+UNSEEN = gs.RECIPE | dict(
+    embedding_dim=32, deltas_mode="centered_rewards", num_responses=64, num_steps_per_epoch=1,
+    learning_rate=3e-3, entropy_bonus=0.25, anneal=True,
+    split=(5, 3, 100), num_epochs=1000, batch_size=32, num_runs=16)
+EXACT = dict(reward_fn=gs.exact_sort_reward)
+MAX_LIKELIHOOD = EXACT | dict(deltas_mode="max_likelihood")
+NORMALIZED = dict(deltas_mode="normalized_rewards")
+ALL_DELTAS = (*gs.DELTAS, "process", "gae")
+# of table 3: how the label of a row ends, with each reward
+LABELS = {r: "" if r == "distance" else f", {f.__name__}" for r, f in gs.REWARDS.items()}
+GRID = [
+    dict(deltas_mode=d, loss_mode=m) | (dict(reward_fn=gs.REWARDS[r]) if LABELS[r] else {})
+    for r in LABELS for d in ALL_DELTAS for m in gs.LOSSES if d in gs.DELTAS or r == "distance"
+]
+# The base of rows that are trained on the answers, without sampling.
+SUPERVISED = {k: UNSEEN[k] for k in ("split", "num_epochs", "batch_size", "num_runs")}
+SUPERVISED |= dict(entropy_bonus=0.0)
+ANSWERS = [
+    dict(objective=CROSS_ENTROPY), dict(objective=EXPECTED_REWARD),
+    dict(objective=EXPECTED_REWARD, entropy_bonus=0.25),
+]
+LARGE = dict(split=(10, 5, 20_000), num_epochs=5000, batch_size=128, num_runs=8)
+TITLES = {title.split(".")[0]: title for title in (
+    "1. The classic experiment: naive loss, 100 epochs",
+    "2a. The untrained policy",
+    "2b. From the classic settings to the recipe",
+    "2c. The recipe with one setting changed",
+    "3. The recipe with every delta and loss: exact match, %",
+    "4a. KL penalty",
+    "4b. Group size",
+    "4c. Loss and inner steps on the same samples",
+    "4d. Clip range, at learning rate 1e-2",
+    "4e. Outcome and process supervision, and PPO with a critic",
+    "4f. Target KL",
+    "5a. 3 numbers from 5: train on 100 prompts, test on the other 25",
+    "5b. 5 numbers from 10: train on 20,000 prompts, test on the other 80,000",
+    "6a. The expected update of each delta against the true gradient ∇J, exact, G = 4",
+    "6b. The expected update with each ratio, exact",
+    "6c. KL estimators, exact: mean and std as multiples of KL(π ‖ π_ref), gradient error",
+    "6e. The optimal baseline: two actions, π = 0.8 and 0.2, rewards 11 and 9, exact",
+)}
+TABLES = [  # the slowest first
+    ("5b", SUPERVISED | LARGE, ANSWERS),
+    ("5b", UNSEEN | LARGE, [{}, dict(entropy_bonus=0.0), NORMALIZED]),
+    ("5a", SUPERVISED, ANSWERS),
+    ("5a", UNSEEN,
+     [{}, dict(entropy_bonus=0.0), NORMALIZED, EXACT, EXACT | dict(entropy_bonus=0.0),
+      MAX_LIKELIHOOD, MAX_LIKELIHOOD | dict(entropy_bonus=0.0),
+      NORMALIZED | dict(entropy_bonus=0.5), dict(embedding_dim=10),
+      dict(deltas_mode="process"), dict(deltas_mode="process", entropy_bonus=2.0),
+      dict(num_steps_per_epoch=10, num_epochs=100)]),  # as many steps, on a tenth of the samples
+    ("1", {}, [dict(deltas_mode=d) for d in gs.DELTAS[:3]]),
+    ("2b", None, [change for _, change in gs.LADDER]),
+    ("2c", gs.RECIPE,
+     [dict(deltas_mode="rewards"), dict(init_scale=1.0),
+      dict(reward_fn=gs.sort_inclusion_ordering_reward), EXACT, dict(loss_mode="naive"),
+      dict(loss_mode="unclipped"), dict(learning_rate=1e-2), dict(learning_rate=2e-2)]),
+    ("3", gs.RECIPE, GRID),
+    ("4a", gs.RECIPE,
+     [dict(kl_estimator=k, kl_penalty=b) for k in gs.KL_ESTIMATORS for b in (0.01, 0.1, 1.0)]
+     + [dict(kl_penalty=b, compute_ref_model_period=n) for n in (100, 1) for b in (0.1, 1.0)]),
+    ("4b", gs.RECIPE, [dict(num_responses=G) for G in (2, 4, 8, 16, 32, 64)]),
+    ("4c", gs.RECIPE,
+     [dict(loss_mode=m, num_steps_per_epoch=n)
+      for m in ("clipped", "naive") for n in (1, 2, 5, 10, 20)]),
+    ("4d", gs.RECIPE | dict(learning_rate=1e-2),
+     [dict(epsilon=low) for low in (0.05, 0.1, 0.2, 0.4, 0.8)]
+     + [dict(epsilon_high=high) for high in (0.28, 0.5, 1.0)]),
+    ("4e", gs.RECIPE,
+     [NORMALIZED | dict(num_responses=G) for G in (2, 4, 10)]
+     + [dict(deltas_mode=d, num_responses=G) for d in ("process", "gae") for G in (1, 2, 4, 10)]
+     + [dict(deltas_mode="gae", lam=lam) for lam in (0.0, 0.95, 1.0)]),
+    ("4f", gs.RECIPE, [dict(target_kl=kl) for kl in (0.01, 0.03, 0.1)]),
+]
+COLUMNS = {  # metric: (heading, factor, decimals)
+    "exact_match": ("exact match, %", 100, 1),
+    "unseen": ("unseen, %", 100, 2),
+    "solved": ("sort all, runs", 1, 0),
+    "epochs": ("epochs to it", 1, 1),  # num_epochs if it never does
+    "entropy": ("entropy, nats", 1, 2),
     "top": ("likeliest token, %", 100, 0),
     "cosine": ("cosine with ∇J", 1, 4), "length": ("length / that of ∇J", 1, 3),
     "noise": ("noise / length", 1, 2), "moved": ("KL(π_old ‖ π), nats", 1, 2),
@@ -331,34 +437,53 @@ gs.COLUMNS |= {  # metric: (heading, factor, decimals)
     "error_chi2": ("off ∇χ²(π ‖ π_ref)/2", 1, 3),
     "baseline": ("b", 1, 1), "variance": ("variance of the update", 1, 2),
 }
-# of table 3: how the label of a row ends, with each reward
-LABELS = {r: "" if r == "distance" else f", {f.__name__}" for r, f in gs.REWARDS.items()}
-GRID = [
-    dict(deltas_mode=d, loss_mode=m) | (dict(reward_fn=gs.REWARDS[r]) if LABELS[r] else {})
-    for r in LABELS for d in gs.CHOICES["deltas_mode"] for m in gs.LOSSES
-    if d in gs.DELTAS or r == "distance"
-]
-NORMALIZED = dict(deltas_mode="normalized_rewards")
-MORE_UNSEEN = [  # of table 5a, what grpo_sort.py does not have
-    NORMALIZED | dict(entropy_bonus=0.5), dict(embedding_dim=10),
-    dict(deltas_mode="process"), dict(deltas_mode="process", entropy_bonus=2.0),
-    dict(num_steps_per_epoch=10, num_epochs=100),  # as many steps, on a tenth of the samples
-]
-LARGE = dict(split=(10, 5, 20_000), num_epochs=5000, batch_size=128, num_runs=8)
-LARGE_ROWS = [{}, dict(entropy_bonus=0.0), NORMALIZED]
-ANSWERS = [  # of both, trained without sampling
-    dict(objective=CROSS_ENTROPY), dict(objective=EXPECTED_REWARD),
-    dict(objective=EXPECTED_REWARD, entropy_bonus=0.25),
-]
 # fmt: on
 
 
-def make_row(table, label, measured, settings):
-    """A row for results.json: tensors as lists of numbers, the rest as it is."""
-    settings = {k: getattr(x, "__name__", x) for k, x in sorted(settings.items())}
-    numbers = {k: x for k, x in measured.items() if torch.is_tensor(x)}
-    numbers = {k: x.double().round(decimals=6).tolist() for k, x in numbers.items()}
-    return {"table": table, "label": label} | measured | numbers | {"settings": settings}
+def plan_rows(tables, **common):
+    """The rows of tables → (title, label, settings to train with, the same to write down)"""
+    plan = []
+    for number, base, changes in tables:
+        settings = {}
+        for change in changes:
+            settings = (settings if base is None else base) | change
+            full = dict(num_runs=32) | settings | common
+            written = {k: getattr(x, "__name__", x) for k, x in sorted(full.items())}
+            words = [written[k] if isinstance(written[k], str) else f"{k} {written[k]}"
+                     for k in change]  # fmt: skip
+            label = ("+ " if base is None else "") + ", ".join(words) if change else "base"
+            plan.append((TITLES[number], label, full, written))
+    return plan
+
+
+# Tables ===========================================================================================
+
+
+def mean_and_interval(values):
+    """Mean of independent runs, and half its 95 % interval (Student's t; 0 for a single run)."""
+    n, mean = len(values), math.fsum(values) / len(values)
+    if n < 2:
+        return mean, 0.0
+    # The quantile by Abramowitz and Stegun 26.7.5, right to 0.001 from 8 runs up.
+    z, v = 1.959964, n - 1
+    t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    return mean, t * math.sqrt(math.fsum((x - mean) ** 2 for x in values) / v / n)
+
+
+def format_cell(values, name):
+    """A metric of the runs as text: mean ± interval, or the number of runs that sort everything."""
+    if name == "solved":
+        return f"{sum(values):.0f} of {len(values)}"
+    _, factor, digits = COLUMNS[name]
+    mean, half = mean_and_interval(values)
+    interval = f" ± {factor * half:.{digits}f}" if len(values) > 1 else ""
+    return f"{factor * mean:.{digits}f}{interval}"
+
+
+def format_lines(cells):
+    """Cells as the lines of a Markdown table that reads well in a terminal too."""
+    return [f"| {label:<36} |" + "".join(f" {x:<14} |" for x in row) for label, *row in cells]
 
 
 def find_grid(rows):
@@ -367,44 +492,82 @@ def find_grid(rows):
     return {
         reward: {
             d: [found[f"{d}, {m}{end}"] for m in gs.LOSSES if f"{d}, {m}{end}" in found]
-            for d in gs.CHOICES["deltas_mode"]
+            for d in ALL_DELTAS
         }
         for reward, end in LABELS.items()
     }
 
 
-def format_table(rows, gs_format_table=gs.format_table):
-    """The lines of a Markdown table, with the texts of experiment 5 and 3 as a matrix a reward."""
-    if rows[0]["table"] != TITLES["3"]:
-        texts = [("median π(right token) where wrong", "most often wrong"), ("---", "---")]
-        texts += [(row.get("left", ""), row.get("worst", "")) for row in rows]
-        texts = [f" {a} | {b} |" if rows[0]["table"][0] == "5" else "" for a, b in texts]
-        return [line + text for line, text in zip(gs_format_table(rows), texts)]
-    lines = []
-    for reward, deltas in find_grid(rows).items():
-        table = [[f"{reward.replace('_', '-')} reward", *gs.LOSSES], ["---"] * 6]
-        for delta, cells in deltas.items():
-            table += [[delta, *(gs.format_cell(x, "exact_match") for x in cells)]] if cells else []
-        lines += [f"| {x[0]:<36} |" + "".join(f" {y:<14} |" for y in x[1:]) for x in table] + [""]
-    return lines
+def format_table(rows):
+    """The lines of a table: a row each, in experiment 5 with texts; in 3 a matrix a reward."""
+    if rows[0]["table"] == TITLES["3"]:
+        lines = []
+        for reward, deltas in find_grid(rows).items():
+            cells = [[f"{reward.replace('_', '-')} reward", *gs.LOSSES], ["---"] * 6]
+            for delta, values in deltas.items():
+                numbers = [format_cell(x, "exact_match") for x in values]
+                cells += [[delta, *numbers]] if numbers else []
+            lines += format_lines(cells) + [""]
+        return lines
+    names = [name for name in COLUMNS if name in rows[0]]
+    cells = [["", *(COLUMNS[name][0] for name in names)], ["---"] * (len(names) + 1)]
+    cells += [[row["label"], *(format_cell(row[name], name) for name in names)] for row in rows]
+    if rows[0]["table"][0] != "5":
+        return format_lines(cells)
+    texts = [("median π(right token) where wrong", "most often wrong"), ("---", "---")]
+    texts += [(row["left"], row["worst"]) for row in rows]
+    return [f"{line} {a} | {b} |" for line, (a, b) in zip(format_lines(cells), texts)]
+
+
+def write_results(results, out):
+    """All rows to out/results.json and out/tables.md; temporary files, so never half a file."""
+    rows = [{name: x for name, x in row.items() if name != "curves"} for row in results]
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    text = {"results.json": f'{{"torch": "{torch.__version__}", "rows": [\n{lines}\n]}}\n'}
+    text["tables.md"] = ""
+    for title in dict.fromkeys(row["table"] for row in rows):
+        lines = format_table([row for row in rows if row["table"] == title])
+        text["tables.md"] += "\n".join((f"## {title}", "", *lines, "", ""))
+    for name, content in text.items():
+        (out / f"{name}.tmp").write_text(content, encoding="utf-8")
+        (out / f"{name}.tmp").replace(out / name)
 
 
 # The run and its plots ============================================================================
 
 
-def draw_plots(rows, out):
-    """grid.png of experiment 3, and curves.png of gs.draw_plots for experiment 1 and the recipe."""
+def draw_learning(rows, out):
+    """curves.png of experiments 1 and 2 by gs.draw_curves: classic settings, ladder, recipe."""
     import matplotlib.pyplot as plt
 
     # the palette of Okabe and Ito, distinguishable with every kind of colour vision
-    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7"])
-    recipe = [row | {"label": "the recipe"} for row in rows if row["table"] == TITLES["2b"]][-1]
-    classic = [row for row in rows if row["table"] == TITLES["1"]]
-    gs.draw_plots([*classic, recipe | {"table": "0."}], out)
+    colours = ["#999999", "#E69F00", "#56B4E9", "#CC79A7", "#0072B2", "#009E73", "#D55E00"]
+    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=colours)
+    functions = {f.__name__: f for f in gs.REWARDS.values()}
+    names = dict(zip(gs.DELTAS, ("raw", "centred", "normalised")))
+    drawn = {f"classic, {names[row['label']]} rewards": row for row in rows
+             if row["table"] == TITLES["1"]}  # fmt: skip
+    ladder = [row for row in rows if row["table"] == TITLES["2b"]]
+    labels = [label for label, _ in gs.LADDER]
+    drawn |= dict(list(zip(labels, ladder))[2:])  # the first two are in experiment 1
+    results = {}
+    for label, row in drawn.items():
+        settings = dict(row["settings"])
+        if "reward_fn" in settings:
+            settings["reward_fn"] = functions[settings["reward_fn"]]
+        curves = {name: torch.tensor(curve) for name, curve in row["curves"].items()}
+        prompts = torch.tensor(gs.CLASSIC_PROMPTS)
+        results[label] = settings, SimpleNamespace(prompts=prompts, curves=curves)
+    gs.draw_curves(results, out)
+
+
+def draw_grid(rows, out):
+    """grid.png of experiment 3"""
+    import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(10.6, 3.8), sharey=True, layout="constrained")
     for axis, (reward, deltas) in zip(axes, find_grid(rows).items()):
-        cells = [[100 * gs.mean_and_interval(x)[0] for x in row] for row in deltas.values()]
+        cells = [[100 * mean_and_interval(x)[0] for x in row] for row in deltas.values()]
         cells = [row or [math.nan] * len(gs.LOSSES) for row in cells]  # not measured
         for y, x in itertools.product(range(len(deltas)), range(len(gs.LOSSES))):
             colour = "white" if cells[y][x] < 60 else "black"
@@ -417,31 +580,52 @@ def draw_plots(rows, out):
     axes[0].set_ylabel("delta")
     figure.colorbar(image, ax=axes, label="sorted after 100 epochs, greedy, %")
     figure.savefig(out / "grid.png", dpi=150)
+    plt.close(figure)
 
 
-def run_study(out, processes=2, **common):
+def prepare():
+    """What each process needs."""
+    torch.set_num_threads(1)  # the tensors are small: on a busy machine two threads are far slower
+    torch.set_flush_denormal(True)  # a converged policy has denormal gradients, which are slow
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that prints
+
+
+def run_tables(tables, out, results, train=map, **common):
+    """Measure the rows of tables, equal ones once; print, write and add them to results.
+
+    train: a map, such as that of a pool; common: settings for all rows, such as seed
+    """
+    plan, known = plan_rows(tables, **common), {}
+    new = {str(written): full for *_, full, written in plan}
+    measured = train(measure, new.values())
+    for title, label, _, written in tqdm(plan, unit="row", disable=None):
+        if str(written) not in known:  # then it is the next of those measured
+            known[str(written)] = next(measured) | {"settings": written}
+        row = known[str(written)] | {"table": title, "label": label}
+        results.append(row)
+        write_results(results, out)
+        tqdm.write(f"{title[:2]} {label}: {format_cell(row['exact_match'], 'exact_match')}")
+
+
+def run_study(out, processes=2, tables=TABLES, **common):
     """Measure everything and write it to the folder `out`; common: settings for all rows."""
     out.mkdir(parents=True, exist_ok=True)
-    gs.format_table = format_table  # gs.run_tables writes after every row
     common = dict(seed=0) | common
-    title, base, changes = gs.EXPERIMENTS[5][0]
-    answers = {name: base[name] for name in LARGE} | dict(entropy_bonus=0.0)
-    tables = [  # the slowest first
-        (TITLES["5b"], answers | LARGE, ANSWERS), (TITLES["5b"], base | LARGE, LARGE_ROWS),
-        (title, answers, ANSWERS), (title, base, changes + MORE_UNSEEN),
-        *gs.EXPERIMENTS[1], *gs.EXPERIMENTS[2], (TITLES["3"], gs.RECIPE, GRID), *gs.EXPERIMENTS[4],
-    ]  # fmt: skip
-    results, exact = [], dict(num_runs=common.get("num_runs", 32), seed=common["seed"])
-    with multiprocessing.get_context("spawn").Pool(processes, gs.prepare) as pool:
+    exact = dict(num_runs=common.get("num_runs", 32), seed=common["seed"])
+    results = []
+    with multiprocessing.get_context("spawn").Pool(processes, prepare) as pool:
         for (key, label), row in (measure_starts(**exact) | measure_gradients(**exact)).items():
-            # settings like no training's: gs.run_tables takes rows with equal settings for the same
-            results.append(make_row(TITLES[key], label, row, exact | {"trained": False}))
-        gs.run_tables(tables, out, results, pool, measure, **common)
+            values = {name: as_list(x.double()) for name, x in row.items()}
+            settings = {"settings": exact | {"trained": False}}
+            results.append({"table": TITLES[key], "label": label} | values | settings)
+        run_tables(tables, out, results, pool.imap, **common)
     results.sort(key=lambda row: row["table"])
-    gs.write_results(results, out)
-    draw_plots(results, out)
+    write_results(results, out)
+    draw_learning(results, out)
+    draw_grid(results, out)
 
 
 if __name__ == "__main__":
-    gs.prepare()
+    prepare()
     run_study(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE)
