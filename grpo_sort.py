@@ -89,7 +89,6 @@ def exact_sort_reward(prompts, responses):
 
 def compute_reward(prompts, responses, reward_fn):
     """The rewards of reward_fn, int[batch pos], int[batch trial pos] → float[batch trial]
-
     ValueError for anything else: a reward for each token would train on the wrong signal.
     """
     rewards, shape = reward_fn(prompts, responses), responses.shape[:-1]
@@ -120,8 +119,7 @@ class Model(nn.Module):
         init_scale=1.0, num_runs=None, generator=None,
     ):  # fmt: skip
         super().__init__()
-        runs = () if num_runs is None else (num_runs,)
-        dim = embedding_dim
+        runs, dim = () if num_runs is None else (num_runs,), embedding_dim
 
         def normal(*shape, scale):
             return nn.Parameter(scale * torch.randn(*runs, *shape, generator=generator))
@@ -166,11 +164,10 @@ def sorts_greedily(prompts, model):
 #     ∇J = Σ_a ∇π(a | s) R(s, a) = E_{a∼π}[ R(s, a) ∇log π(a | s) ]
 
 # Each sampled response becomes more likely in proportion to its reward. That is right on
-# average, but noisy: if all rewards are positive, whatever is sampled is pushed up. To
-# subtract a baseline b(s) changes nothing on average, because E[∇log π] = Σ_a ∇π = ∇1 = 0,
-# and removes much of the noise. δ = R − b estimates the advantage: how much better than
-# usual was this response? A baseline lifts the recipe's exact match from 75 % to 100 %.
-# Which baseline hardly matters.
+# average, but noisy: if all rewards are positive, whatever is sampled is pushed up. A baseline
+# b(s) changes nothing on average, because E[∇log π] = Σ_a ∇π = ∇1 = 0, and removes much of the
+# noise. δ = R − b estimates the advantage: how much better than usual was this response?
+# Having a baseline lifts the recipe from 75 % to 100 %. Which one hardly matters.
 
 # GRPO's is the mean of the group of G responses. It contains the response's own reward,
 # which only scales the expected gradient by (G − 1)/G; RLOO takes the mean of the others.
@@ -182,7 +179,6 @@ def sorts_greedily(prompts, model):
 
 def compute_deltas(rewards, mode):
     """The weight δ of each response from the rewards r of its group: [batch trial] → the same
-
     std divides by G − 1; the 1e-5 is CS336's. ValueError for an unknown mode, a small group.
     """
     if rewards.dim() < 2 or (rewards.shape[-1] < 2 and mode not in ("rewards", "max_rewards")):
@@ -212,7 +208,6 @@ def compute_deltas(rewards, mode):
 
 def compute_process_deltas(step_rewards):
     """Process supervision, GRPO section 4.1.3: float[batch trial pos] → a δ for each token
-
     Rewards, normalised over all steps of the group, are summed from a token's own step to the
     end: it influences what follows, not what came before. ValueError below two steps.
     """
@@ -233,8 +228,7 @@ def compute_process_deltas(step_rewards):
 def compute_log_probs(prompts, responses, model):
     """log π of each token: int[batch pos], int[batch trial pos] → float[batch trial pos]"""
     log_probs = model(prompts).log_softmax(dim=-1)  # [batch pos vocab]
-    # gather picks, for each position, the tokens of all trials: [batch pos trial]
-    return log_probs.gather(-1, responses.mT).mT
+    return log_probs.gather(-1, responses.mT).mT  # for each position the tokens of all trials
 
 
 # 6. Losses ===================================================================
@@ -261,7 +255,6 @@ def compute_log_probs(prompts, responses, model):
 
 def compute_loss(log_probs, deltas, mode, old_log_probs=None, epsilon=0.2, epsilon_high=None):
     """The loss to minimise, averaged over batch, trial and pos: a scalar, or float[run]
-
     log_probs, old_log_probs float[batch trial pos], without padding; deltas float[batch trial],
     or one for each token. ValueError for an unknown mode or shapes that do not fit.
     """
@@ -285,8 +278,7 @@ def compute_loss(log_probs, deltas, mode, old_log_probs=None, epsilon=0.2, epsil
         objective = ratio * deltas
     elif mode in ("clipped", "gspo"):  # PPO, eq. 7
         # (!4) the minimum, so that only a move that δ asks for is cut off
-        clipped = ratio.clamp(1 - epsilon, ceiling)
-        objective = torch.minimum(ratio * deltas, clipped * deltas)
+        objective = torch.minimum(ratio * deltas, ratio.clamp(1 - epsilon, ceiling) * deltas)
     elif mode == "cispo":  # the clipped ratio as a constant weight: CISPO, arXiv 2506.13585
         objective = ratio.detach().clamp(max=ceiling) * deltas * log_probs
     else:
@@ -342,7 +334,6 @@ With δ > 0 it is not raised further, with δ < 0 it is lowered."""  # fmt: skip
 
 def compute_kl_penalty(log_probs, ref_log_probs, estimator="k3", old_log_probs=None):
     """An estimate of KL(π ‖ π_ref) of a response: summed over pos, averaged over the rest
-
     float[batch trial pos] each → scalar, or float[run]. Without old_log_probs ρ has value 1
     and gradient ∇log π. For GRPO's β (eq. 3 is a mean over pos) use β / pos.
     """
@@ -373,7 +364,7 @@ def compute_entropy(prompts, model):
 # 9. The training loop ========================================================
 # Every epoch samples a group of responses to every prompt with the current policy, π_old,
 # turns their rewards into deltas, and takes several gradient steps on these same samples. All
-# runs are trained at once, on the sum of their losses; none influences another.
+# runs are trained on the sum of their losses; none influences another.
 
 CLASSIC_PROMPTS = ((1, 0, 2), (3, 2, 4), (1, 2, 3))
 REWARDS = {
@@ -420,18 +411,8 @@ RECIPE = dict(  # what it changes
 )  # fmt: skip
 
 
-def as_prompts(prompts):
-    """Lists of whole numbers from 0 up, or a tensor → int[batch pos] or int[run batch pos]"""
-    try:
-        return torch.as_tensor(prompts)
-    except ValueError:
-        raise ValueError("prompts must be of one length, such as 3,2,4 and 1,2,3") from None
-
-
 def draw_batch(prompts, batch_size, num_runs, generator):
     """Prompts of an epoch, for each run: int[(run) prompt pos] → int[run batch pos]"""
-    if batch_size is None:
-        return prompts
     drawn = torch.randint(prompts.shape[-2], (num_runs, batch_size, 1), generator=generator)
     every = prompts.expand(num_runs, -1, -1)  # [run prompt pos]
     return every.gather(1, drawn.expand(-1, -1, prompts.shape[-1]))
@@ -442,15 +423,13 @@ def measure_epoch(losses, rewards, prompts, model, ref_model):
     """What is recorded of an epoch, most of it after the epoch → {name: float[run]}"""
     log_probs = model(prompts).log_softmax(dim=-1)  # [run batch pos vocab]
     ref_log_probs = ref_model(prompts).log_softmax(dim=-1)  # [run batch pos vocab]
-    probs = log_probs.exp()
-    right = log_probs.argmax(dim=-1) == prompts.sort(dim=-1).values  # [run batch pos]
+    kl = log_probs.exp() * (log_probs - ref_log_probs)  # [run batch pos vocab]
     measured = {
         "loss": torch.stack(losses).mean(dim=0),  # over the inner steps
         "mean_reward": rewards.mean(dim=(-2, -1)),  # of the samples
-        "batch_exact_match": right.all(dim=-1).float().mean(dim=-1),  # on this batch
-        "entropy": -(probs * log_probs).sum(dim=-1).mean(dim=(-2, -1)),  # of a token, nats
-        # exact KL(π ‖ π_ref) of a response, nats
-        "kl": (probs * (log_probs - ref_log_probs)).sum(dim=(-2, -1)).mean(dim=-1),
+        "batch_exact_match": sorts_greedily(prompts, model).float().mean(dim=-1),
+        "entropy": compute_entropy(prompts, model),  # of a token, nats
+        "kl": kl.sum(dim=(-2, -1)).mean(dim=-1),  # exact KL(π ‖ π_ref) of a response, nats
     }
     if not measured["entropy"].isfinite().all():
         raise ValueError("the policy is no longer finite: lower learning_rate")
@@ -466,13 +445,14 @@ def run_policy_gradient(
     gamma=1.0, lam=0.95, value_coefficient=1.0, num_runs=1, seed=0, on_epoch=None,
 ):  # fmt: skip
     """Train models side by side; the arguments are those of SETTINGS.
-
     Returns an object with model; prompts; exact_match float[run], greedy, on all prompts;
     curves {name: float[epoch run]} of measure_epoch; records, their means over runs, a dict
     an epoch, with "epoch" and "step", the gradient steps so far. After each epoch calls
     on_epoch(record, prompts, responses, rewards, deltas, log_probs).
     """
-    prompts = as_prompts(prompts)  # [batch pos] or [run batch pos]
+    if len({len(prompt) for prompt in prompts}) > 1:
+        raise ValueError("prompts must be of one length, such as 3,2,4 and 1,2,3")
+    prompts = torch.as_tensor(prompts)  # [batch pos] or [run batch pos]
     if deltas_mode == "process" and reward_fn is not sort_distance_reward:
         raise ValueError("deltas_mode process needs reward_fn distance")
     vocab_size, length = vocab_size or int(prompts.max()) + 1, prompts.shape[-1]
@@ -490,7 +470,8 @@ def run_policy_gradient(
         optimizer.param_groups[0]["lr"] = learning_rate * remaining
         if epoch % compute_ref_model_period == 0:  # (!5) frozen, not the model's own tensors
             ref_model = copy.deepcopy(model).requires_grad_(False)
-        batch = draw_batch(prompts, batch_size, num_runs, generator)  # [run batch pos]
+        drawn = batch_size is not None
+        batch = draw_batch(prompts, batch_size, num_runs, generator) if drawn else prompts
         responses = generate_responses(batch, model, num_responses, generator)
         rewards = compute_reward(batch, responses, reward_fn)  # [run batch trial]
         deltas, returns = deltas_and_returns(
@@ -536,9 +517,10 @@ def show_epoch(record, prompts, responses, rewards, deltas, log_probs, count=Non
     """An on_epoch: print what the first run sampled, `count` responses to each prompt"""
     if record["epoch"] not in (0, 2, 5, 10) and (record["epoch"] + 1) % 100:
         return
-    text = "\nepoch {epoch}: loss {loss:+.3f}, mean reward {mean_reward:.2f}; after it exact"
-    text += " match {batch_exact_match:.0%}, entropy {entropy:.2f} nats (means over all runs)"
-    print(text.format(**record))
+    text = (
+        "\nepoch {epoch}, all runs: loss {loss:+.3f}, mean reward {mean_reward:.2f}, after it exact"
+    )
+    print((text + " match {batch_exact_match:.0%}, entropy {entropy:.2f} nats").format(**record))
     for b, prompt in enumerate(prompts.expand(len(responses), -1, -1)[0].tolist()):
         print(f"  prompt {prompt}, sorted {sorted(prompt)}")
         for i, response in enumerate(responses[0, b, :count].tolist()):
@@ -556,10 +538,10 @@ def show_epoch(record, prompts, responses, rewards, deltas, log_probs, count=Non
 #     e_t = r_t + γ V_{t+1} − V_t
 #     Â_t = Σ_{l≥0} (γλ)^l e_{t+l}     generalized advantage estimation (GAE): its δ
 
-# r_t is the reward given with token t (here R with the last, otherwise 0), V is 0 after the
-# end, γ < 1 makes later rewards count less. λ trades noise for trust in V: λ = 1 gives (reward
-# still to come) − V_t, unbiased and noisy; λ = 0 trusts V completely. PPO maximises the
-# clipped objective, minus the squared error of V, plus the entropy (1707.06347, eq. 9).
+# r_t comes with token t (here R with the last, otherwise 0), V is 0 after the end, γ < 1 makes
+# later rewards count less. λ = 1 gives (reward still to come) − V_t, unbiased and noisy; λ = 0
+# trusts V completely. PPO maximises the clipped objective, minus the squared error of V, plus
+# the entropy (arXiv 1707.06347, eq. 9).
 
 
 class Critic(nn.Module):
@@ -582,15 +564,13 @@ class Critic(nn.Module):
         before = torch.ones(length, length).tril(-1)  # [pos pos]
         prefix = torch.einsum("tj,...jv->...tjv", before, tokens).flatten(-2)
         parts = prompt[..., None, None, :], prefix, torch.eye(length)
-        parts = [x.expand(*responses.shape, -1) for x in parts]  # [batch trial pos ·]
-        features, weights = torch.cat(parts, dim=-1), self.hidden_weights
-        hidden = torch.einsum("...btpf,...fh->...btph", features, weights).tanh()
+        features = torch.cat([x.expand(*responses.shape, -1) for x in parts], dim=-1)
+        hidden = torch.einsum("...btpf,...fh->...btph", features, self.hidden_weights).tanh()
         return torch.einsum("...btph,...h->...btp", hidden, self.value_weights)
 
 
 def compute_gae(token_rewards, values, gamma=1.0, lam=0.95):
     """Generalized advantage estimation, arXiv 1506.02438, eq. 16; V after the end is 0
-
     float[batch trial pos] each → (advantages, returns), constants; returns are the critic's
     targets. With padding, mask both.
     """
@@ -637,9 +617,8 @@ LADDER = (  # experiment 2: each row keeps the changes above it
 
 def mean_and_interval(values):
     """float[run] → mean, half its 95 % interval (Student's t, to 0.1 % from 8 runs up)"""
-    n, v = len(values), max(len(values) - 1, 1)
+    n, v, values = len(values), max(len(values) - 1, 1), values.double().round(decimals=4)
     t = 1.95996 + 2.37227 / v + 2.82250 / v**2 + 2.55585 / v**3
-    values = values.double().round(decimals=4)
     half = t * values.std().item() / n**0.5 if n > 1 else 0.0
     return values.mean().item(), half
 
@@ -659,9 +638,9 @@ def train_table(title, rows):
         result = train(*sorted(settings.items()))
         solved = result.curves["batch_exact_match"] == 1  # bool[epoch run]
         first = ((solved.cumsum(dim=0) == 0).sum(dim=0) + 1).clamp(max=len(solved))  # [run]
-        percent = "{:.1f} ± {:.1f}".format(*mean_and_interval(100 * result.exact_match))
-        runs = f"{(result.exact_match == 1).sum()} of {len(result.exact_match)}"
-        epochs = "{:.1f} ± {:.1f}".format(*mean_and_interval(first))
+        measured = mean_and_interval(100 * result.exact_match), mean_and_interval(first)
+        percent, epochs = (f"{mean:.1f} ± {half:.1f}" for mean, half in measured)
+        runs = f"{(result.exact_match == 1).sum()} of {len(first)}"
         tqdm.write(line.format(label, percent, runs, epochs if solved.any() else "never"))
         results[label] = settings, result
     return results
@@ -771,9 +750,9 @@ def main(argv=None):
             name, values = args.compare[0].replace("-", "_"), args.compare[1:]
             if name not in SETTINGS or not values:
                 raise ValueError(f"--compare needs a setting and values: {', '.join(SETTINGS)}")
-            flag, rows = "--" + name.replace("_", "-"), {}
-            for x in values:
-                rows[f"{name} {x}"] = base | given_settings(parser.parse_args([flag, x]))
+            flag = "--" + name.replace("_", "-")
+            changes = {x: given_settings(parser.parse_args([flag, x])) for x in values}
+            rows = {f"{name} {x}": base | change for x, change in changes.items()}
             draw_curves(train_table(name, rows), args.out)
         elif args.classic or given.keys() - common.keys():
             exact = run_policy_gradient(**base, on_epoch=show_epoch).exact_match
