@@ -147,7 +147,7 @@ FULL_MARKS = 2.0  # of correctness_reward
 
 # A wrong reward is worse than a missed one, so only what this grammar allows is a number: 18, -18,
 # 1,080.50, 3/4, \frac{3}{4}, bold, in $ $, \( \) or \boxed{}, with a currency, % or one unit.
-NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?!,?[0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 WRAPPED = re.compile(r"\*\*(.*)\*\*|\$(.*)\$|\\\((.*)\\\)|\\\[(.*)\\\]|\\boxed\{(.*)\}")
 UNITS = "dollar cent euro pound second minute hour day week month year mile meter kilometer gram"
 UNITS = UNITS.replace(" ", "s?|") + "s?|feet|inches|km|cm|kg|percent|people|points|degrees"

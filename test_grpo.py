@@ -1893,8 +1893,16 @@ def test_long_numbers_and_lines_are_left_alone():
 
 
 def test_the_last_number_of_a_text():
-    texts = ["It is $1,080.", "5 - 7 = -2", "3/4 of it", "**18**", "none", "x = 9 apples"]
-    wanted = [1080, -2, Fraction(3, 4), 18, None, 9]
+    texts = [
+        "1,080, I think",
+        "It is $1,080.",
+        "5 - 7 = -2",
+        "3/4 of it",
+        "**18**",
+        "none",
+        "x = 9 apples",
+    ]
+    wanted = [1080, 1080, -2, Fraction(3, 4), 18, None, 9]
     assert [gsm.last_number(text) for text in texts] == wanted
 
 
