@@ -3,25 +3,23 @@
 
 A tiny model learns to sort three numbers. It is never shown a right answer. It samples
 responses, each gets a reward, and the policy gradient makes the better ones more likely.
-GRPO, Group Relative Policy Optimization, samples a group of responses to each prompt (3),
-weighs each by how much better it is than its group (4), takes several steps on the same
-samples with a clipped ratio (6), and may stay close to a reference model (8). PPO (10) learns
-a value network instead of sampling groups.
+GRPO, Group Relative Policy Optimization, samples a group of responses to each prompt and
+weighs each by how much better it is than its group. PPO learns a value network instead.
 
-    python grpo_sort.py                                    watch it learn, compare settings
-    python grpo_sort.py --loss-mode cispo                  one setting changed (--help: all)
-    python grpo_sort.py --compare num_responses 2 4 8 16   a row for each value
-    python grpo_sort.py --classic                          the classic settings, all samples
+    python grpo_sort.py                                   watch it learn, compare settings
+    python grpo_sort.py --loss-mode cispo                 one setting changed (--help: all)
+    python grpo_sort.py --compare num_responses 2 4 8 16  a row for each value
+    python grpo_sort.py --classic                         the classic settings, all samples
 
     1 task and rewards   4 deltas              7 worked example   10 PPO: critic, GAE
     2 model              5 log-probabilities   8 KL, entropy      11 what a run shows
     3 sampling           6 losses              9 training loop    12 command line
 
-*Classic* are the settings of Stanford's CS336 (2025, lecture 17), where task, model and names
-come from. *The recipe*, ours, changes five of them (section 9). Notation:
+*Classic* are the settings of Stanford's CS336 (2025, lecture 17), where task, model and
+names come from. *The recipe*, ours, changes five of them (section 9). Notation:
 
-    [batch trial pos]   prompts, responses to each (its group), tokens; any shape may have one
-                        more axis in front, run: many trainings side by side
+    [batch trial pos]   prompts, responses to each (its group), tokens. Any shape may have
+                        one more axis in front, run: many trainings side by side
     π(a | s)            the policy's probability of the response a to the prompt s
     δ, delta            the weight of a response in the update, its advantage
     exact match         share of prompts that the model's likeliest response sorts
@@ -55,26 +53,25 @@ from tqdm import tqdm
 #     [3 2 4]          1                 4               0
 #     [0 1 1]          0                 2               0
 
-# What a reward gives for partial success decides what can be learned: the recipe sorts
-# 100 %, 77 % and 67 % of its prompts with the three. They judge the whole response
-# (outcome supervision), sort_step_rewards each position (process supervision).
+# What it gives for partial success decides what can be learned: the recipe sorts 100 %,
+# 77 % and 67 % with the three. They judge the whole response (outcome supervision);
+# sort_step_rewards judges each position (process supervision).
 
 
 def sort_step_rewards(prompts, responses):
-    """1 for a right position: int[batch pos], int[batch trial pos] → float[batch trial pos]"""
+    """1 for a right position, else 0: int[batch pos], int[batch trial pos] → [batch trial pos]"""
     if responses.shape[-1] != prompts.shape[-1]:  # would be broadcast
-        raise ValueError(f"responses have {responses.shape[-1]} tokens, not {prompts.shape[-1]}")
+        raise ValueError("prompts and responses must have the same number of tokens")
     return (responses == prompts.sort(dim=-1).values.unsqueeze(-2)).float()
 
 
 def sort_distance_reward(prompts, responses):
-    """Right positions, 0 … n: int[batch pos], int[batch trial pos] → float[batch trial]"""
+    """Right positions, 0 … n: int[batch pos], int[batch trial pos] → [batch trial]"""
     return sort_step_rewards(prompts, responses).sum(dim=-1)
 
 
 def sort_inclusion_ordering_reward(prompts, responses):
-    """A point for each prompt token in the response and each pair of neighbours x ≤ y; shapes
-    as above. It can be gamed: the wrong response [1 2 2] to [1 1 2] earns all 5 points."""
+    """Prompt tokens in the response + neighbours x ≤ y; [1 2 2] for [1 1 2] gets all 5 points"""
     # [batch trial prompt_pos response_pos]
     equal = prompts[..., None, :, None] == responses[..., None, :]
     inclusion = equal.any(dim=-1).float().sum(dim=-1)  # [batch trial]
@@ -88,27 +85,25 @@ def exact_sort_reward(prompts, responses):
 
 
 def compute_reward(prompts, responses, reward_fn):
-    """The rewards of reward_fn, int[batch pos], int[batch trial pos] → float[batch trial]
-    ValueError for anything else: a reward for each token would train on the wrong signal.
-    """
+    """What reward_fn returns, float[batch trial]; ValueError if it is anything else"""
     rewards, shape = reward_fn(prompts, responses), responses.shape[:-1]
     if not (torch.is_tensor(rewards) and rewards.shape == shape and rewards.isfinite().all()):
-        name, found = getattr(reward_fn, "__name__", "reward_fn"), f"{rewards!r:.80}"
-        raise ValueError(f"{name} must return a finite tensor {list(shape)}, not {found}")
+        text = f"must return a finite tensor {list(shape)}, not {rewards!r:.80}"
+        raise ValueError(f"{getattr(reward_fn, '__name__', 'reward_fn')} {text}")
     return rewards.float()
 
 
 # 2. The model ================================================================
-# One vector h summarises the prompt. Unlike in a language model, every position of the
-# response is decided from h alone, not from the positions before it:
+# One vector h summarises the prompt. Every position of the response is decided from h
+# alone, not from the positions before it as in a language model:
 
-#     h        = Σ_p E[prompt_p] A_p     one encoding matrix A_p for each prompt position
-#     logits_q = h B_q Eᵀ                one decoding matrix B_q for each response position
+#     h        = Σ_p E[prompt_p] A_p     an encoding matrix A_p for each prompt position
+#     logits_q = h B_q Eᵀ                a decoding matrix B_q for each response position
 #     π(a | s) = Π_q softmax(logits_q)[a_q]
 
-# init_scale, the standard deviation of the embedding E, matters more than any algorithm
-# below. At 1 the untrained policy puts 85 % on one token, and what is never sampled is never
-# rewarded. At 0.1 it is nearly uniform: exact match is 62 % instead of 10 % (table 2b).
+# init_scale, the standard deviation of E, matters more than any algorithm below. At 1 the
+# untrained policy puts 85 % on one token, and what is never sampled is never rewarded.
+# At 0.1 exact match is 62 % instead of 10 % (table 2b).
 
 
 class Model(nn.Module):
@@ -125,8 +120,9 @@ class Model(nn.Module):
             return nn.Parameter(scale * torch.randn(*runs, *shape, generator=generator))
 
         self.embedding = normal(vocab_size, dim, scale=init_scale)  # [vocab dim]
-        self.encode_weights = normal(prompt_length, dim, dim, scale=dim**-0.5)  # [pos dim dim]
-        self.decode_weights = normal(response_length, dim, dim, scale=dim**-0.5)  # [pos dim dim]
+        # each [pos dim dim]
+        self.encode_weights = normal(prompt_length, dim, dim, scale=dim**-0.5)
+        self.decode_weights = normal(response_length, dim, dim, scale=dim**-0.5)
 
     def forward(self, prompts):
         """prompts int[batch pos] → logits float[batch pos vocab]"""
@@ -139,15 +135,15 @@ class Model(nn.Module):
 
 
 # 3. Sampling =================================================================
-# From the policy itself, no temperature, no top-k: section 5 computes log π of the same.
+# From the policy itself, no top-k: section 5 computes log π of the same distribution.
 
 
 @torch.no_grad()
 def generate_responses(prompts, model, num_responses, generator=None):
-    """Each position sampled from softmax(logits): int[batch pos] → int[batch trial pos]"""
+    """Each position from softmax(logits): int[batch pos] → int[batch trial pos]"""
     probs = model(prompts).softmax(dim=-1)  # [batch pos vocab]
     rows = probs.flatten(0, -2)  # [batch*pos vocab]
-    samples = torch.multinomial(rows, num_responses, replacement=True, generator=generator)
+    samples = torch.multinomial(rows, num_responses, True, generator=generator)
     return samples.unflatten(0, probs.shape[:-1]).mT  # [batch trial pos]
 
 
@@ -158,31 +154,30 @@ def sorts_greedily(prompts, model):
 
 
 # 4. From rewards to advantages (deltas) ======================================
-# We climb the expected reward J = E_{a∼π}[R(s, a)] = Σ_a π(a | s) R(s, a). Sampling cannot
-# be differentiated, but ∇π = π ∇log π makes the gradient a mean over samples (REINFORCE):
+# We climb the expected reward J = E_{a∼π}[R(s, a)] = Σ_a π(a | s) R(s, a). Sampling
+# cannot be differentiated, but ∇π = π ∇log π makes the gradient a mean over samples:
 
-#     ∇J = Σ_a ∇π(a | s) R(s, a) = E_{a∼π}[ R(s, a) ∇log π(a | s) ]
+#     ∇J = Σ_a ∇π(a | s) R(s, a) = E_{a∼π}[ R(s, a) ∇log π(a | s) ]     (REINFORCE)
 
 # Each sampled response becomes more likely in proportion to its reward. That is right on
-# average, but noisy: if all rewards are positive, whatever is sampled is pushed up. A baseline
-# b(s) changes nothing on average, because E[∇log π] = Σ_a ∇π = ∇1 = 0, and removes much of the
-# noise. δ = R − b estimates the advantage: how much better than usual was this response?
-# Having a baseline lifts the recipe from 75 % to 100 %. Which one hardly matters.
+# average, but noisy: if all rewards are positive, whatever is sampled is pushed up. A
+# baseline b(s) changes nothing on average, because E[∇log π] = Σ_a ∇π = ∇1 = 0, and removes
+# much of the noise. δ = R − b estimates the advantage: how much better than usual was this
+# response? A baseline lifts the recipe from 75 % to 100 %. Which one hardly matters.
 
 # GRPO's is the mean of the group of G responses. It contains the response's own reward,
 # which only scales the expected gradient by (G − 1)/G; RLOO takes the mean of the others.
-# GRPO then divides by the group's standard deviation: every prompt counts alike, whatever
-# the spread of its rewards. The price: the update no longer points exactly along ∇J (cosine
-# 0.997, table 6a), and tiny differences become full-size δ. MaxRL divides by the mean:
-# rarely solved prompts weigh more, and with rewards of 0 and 1 a large group follows ∇log J.
+# GRPO then divides by the group's standard deviation, so that every prompt counts alike.
+# The price: the update turns away from ∇J a little (cosine 0.997, table 6a), and tiny
+# differences become full-size δ. MaxRL divides by the mean: rare successes weigh more.
 
 
 def compute_deltas(rewards, mode):
-    """The weight δ of each response from the rewards r of its group: [batch trial] → the same
-    std divides by G − 1; the 1e-5 is CS336's. ValueError for an unknown mode, a small group.
+    """The weight δ of each response from the rewards r of its group: [batch trial] → same
+    std divides by G − 1; the 1e-5 is CS336's. ValueError for unknown modes, small groups.
     """
-    if rewards.dim() < 2 or (rewards.shape[-1] < 2 and mode not in ("rewards", "max_rewards")):
-        raise ValueError(f"{mode} needs rewards [batch trial ≥ 2], not {list(rewards.shape)}")
+    if rewards.dim() < 2 or rewards.shape[-1] < 2 and mode not in ("rewards", "max_rewards"):
+        raise ValueError(f"{mode} needs rewards [batch trial ≥ 2]: {list(rewards.shape)}")
     top = rewards.amax(dim=-1, keepdim=True)  # [batch 1]
     mean = rewards.mean(dim=-1, keepdim=True)  # [batch 1]
     # (!1) Equal rewards teach nothing: exactly 0, even if the mean is off by rounding.
@@ -207,12 +202,11 @@ def compute_deltas(rewards, mode):
 
 
 def compute_process_deltas(step_rewards):
-    """Process supervision, GRPO section 4.1.3: float[batch trial pos] → a δ for each token
-    Rewards, normalised over all steps of the group, are summed from a token's own step to the
-    end: it influences what follows, not what came before. ValueError below two steps.
+    """Process supervision, GRPO section 4.1.3: [batch trial pos] → a δ for each token
+    Normalised over all steps of the group, then summed from a token's own step to the end.
     """
     if step_rewards.dim() < 3 or step_rewards.shape[-2:].numel() < 2:
-        raise ValueError(f"a group needs two steps; step_rewards is {list(step_rewards.shape)}")
+        raise ValueError("step_rewards must be [batch trial pos], two steps in a group")
     group = dict(dim=(-2, -1), keepdim=True)  # over trial and pos: [batch 1 1]
     mean, std = step_rewards.mean(**group), step_rewards.std(**group)
     equal = step_rewards.amax(**group) == step_rewards.amin(**group)
@@ -221,48 +215,43 @@ def compute_process_deltas(step_rewards):
 
 
 # 5. Log-probabilities ========================================================
-# The sampled tokens are constants. Every gradient of the policy flows through their
-# log-probabilities. log π(a | s) is the sum over the tokens of a.
+# Every gradient of the policy flows through the log-probabilities of the sampled tokens.
+# log π(a | s) is the sum over the tokens of a.
 
 
 def compute_log_probs(prompts, responses, model):
-    """log π of each token: int[batch pos], int[batch trial pos] → float[batch trial pos]"""
+    """log π of each token: int[batch pos], int[batch trial pos] → [batch trial pos]"""
     log_probs = model(prompts).log_softmax(dim=-1)  # [batch pos vocab]
-    return log_probs.gather(-1, responses.mT).mT  # for each position the tokens of all trials
+    return log_probs.gather(-1, responses.mT).mT  # of the tokens of all trials
 
 
 # 6. Losses ===================================================================
-# Descent on −δ log π climbs J while the policy is the one that sampled (on policy). Sampling
-# is expensive, so several gradient steps are made on the same samples. After the first, π
-# differs from π_old, which sampled (off policy). The ratio ρ = π(a | s) / π_old(a | s)
+# Descent on −δ log π climbs J while the policy is the one that sampled (on policy).
+# Sampling is expensive, so several gradient steps are made on the same samples. After the
+# first, π differs from π_old, which sampled (off policy). The ratio ρ = π(a | s) / π_old(a | s)
 # reweights the samples (importance sampling). As ∇ρ = ρ ∇log π, the loss becomes −ρ δ:
 
 #     ∇J = E_{a∼π}[δ ∇log π] = E_{a∼π_old}[ρ δ ∇log π] = ∇ E_{a∼π_old}[ρ δ]
 
-# The ratio of a response is the product over its tokens, which swings wildly if they are
-# many. PPO and GRPO give each token its own: the same gradient at π = π_old, an approximation
-# away from it. It can still grow, so PPO clips it: −min(ρ δ, clip(ρ, 1−ε, 1+ε) δ).
+# The ratio of a long response, a product over its tokens, swings wildly. PPO and GRPO give
+# each token its own: the same gradient at π = π_old, an approximation away from it. And
+# they clip it: −min(ρ δ, clip(ρ, 1−ε, 1+ε) δ).
 
 #     δ > 0    ρ > 1 + ε: raised enough, no gradient     ρ < 1 − ε: it fell, full gradient
 #     δ < 0    ρ < 1 − ε: lowered enough, no gradient    ρ > 1 + ε: it rose, full gradient
 
-# The right half is the work of the minimum. With ten steps on the same samples 32 of 32 runs
-# learn to sort everything with the clip, 29 with −ρ δ, 19 with −δ log π (table 2c).
-
-# A common mistake is log π / log π_old. It is 1 at the start too, but its gradient is
-# −∇log π / |log π_old|: it lowers what δ says to raise (cosine with ∇J −0.995, table 6b).
+# With ten steps on the same samples 32 of 32 runs sort all with the clip, 29 with −ρ δ, 19
+# with −δ log π (table 2c). A common mistake is log π / log π_old. It is 1 at the start too,
+# but its gradient is −∇log π / |log π_old|: it lowers what δ says to raise (table 6b).
 
 
 def compute_loss(log_probs, deltas, mode, old_log_probs=None, epsilon=0.2, epsilon_high=None):
-    """The loss to minimise, averaged over batch, trial and pos: a scalar, or float[run]
-    log_probs, old_log_probs float[batch trial pos], without padding; deltas float[batch trial],
-    or one for each token. ValueError for an unknown mode or shapes that do not fit.
+    """The mean loss of tokens: log-probabilities [batch trial pos], without padding, deltas
+    [batch trial] or [batch trial pos] → scalar, or float[run]. ValueError for unknown modes.
     """
     if log_probs.dim() < 3 or deltas.shape not in (log_probs.shape[:-1], log_probs.shape):
-        shapes = f"{list(deltas.shape)} and {list(log_probs.shape)}"
-        raise ValueError(f"deltas and log_probs do not fit: {shapes}")
-    if deltas.shape != log_probs.shape:
-        deltas = deltas.unsqueeze(-1)  # [batch trial 1]: every token gets its response's δ
+        raise ValueError(f"deltas {deltas.shape} do not fit log_probs {log_probs.shape}")
+    deltas = deltas if deltas.shape == log_probs.shape else deltas.unsqueeze(-1)  # […, pos or 1]
     if mode == "naive":  # −δ log π: REINFORCE
         return -(log_probs * deltas).mean(dim=(-3, -2, -1))
     if old_log_probs is None or old_log_probs.shape != log_probs.shape:
@@ -270,7 +259,7 @@ def compute_loss(log_probs, deltas, mode, old_log_probs=None, epsilon=0.2, epsil
 
     # (!2) π_old is a constant. At π = π_old a gradient through both would cancel to zero.
     log_ratio = log_probs - old_log_probs.detach()  # [batch trial pos]
-    if mode == "gspo":  # one ratio for a response, the geometric mean: GSPO, arXiv 2507.18071
+    if mode == "gspo":  # one ratio a response, the geometric mean: arXiv 2507.18071
         log_ratio = log_ratio.mean(dim=-1, keepdim=True)  # [batch trial 1]
     ratio = log_ratio.exp()  # (!3) never the quotient of the logarithms
     ceiling = 1 + (epsilon if epsilon_high is None else epsilon_high)  # DAPO, 2503.14476
@@ -278,8 +267,9 @@ def compute_loss(log_probs, deltas, mode, old_log_probs=None, epsilon=0.2, epsil
         objective = ratio * deltas
     elif mode in ("clipped", "gspo"):  # PPO, eq. 7
         # (!4) the minimum, so that only a move that δ asks for is cut off
-        objective = torch.minimum(ratio * deltas, ratio.clamp(1 - epsilon, ceiling) * deltas)
-    elif mode == "cispo":  # the clipped ratio as a constant weight: CISPO, arXiv 2506.13585
+        clipped = ratio.clamp(1 - epsilon, ceiling)
+        objective = torch.minimum(ratio * deltas, clipped * deltas)
+    elif mode == "cispo":  # the clipped ratio as a constant weight: arXiv 2506.13585
         objective = ratio.detach().clamp(max=ceiling) * deltas * log_probs
     else:
         raise ValueError(f"{mode!r} is no mode of compute_loss")
@@ -290,15 +280,15 @@ def compute_loss(log_probs, deltas, mode, old_log_probs=None, epsilon=0.2, epsil
 
 
 def worked_example():
-    """Four responses to one prompt, and what sections 4 and 6 make of their rewards → text"""
+    """Four responses to a prompt, and what sections 4 and 6 make of their rewards → text"""
     prompts = torch.tensor([[1, 0, 2]])  # [batch pos]
     responses = [[0, 1, 2], [0, 1, 1], [0, 2, 1], [1, 0, 0]]  # [trial pos]
     rewards = compute_reward(prompts, torch.tensor([responses]), sort_distance_reward)
     rows = {"reward: right positions": rewards}  # each [batch trial]
-    for mode in ("centered_rewards", "normalized_rewards", "leave_one_out", "max_likelihood"):
+    for mode in "centered_rewards normalized_rewards leave_one_out max_likelihood".split():
         rows[mode] = compute_deltas(rewards, mode)
     # The policy is uniform over three tokens and has just sampled: all ratios are 1.
-    log_probs = torch.full((1, 4, 3), -math.log(3.0), requires_grad=True)  # [batch trial pos]
+    log_probs = torch.full((1, 4, 3), -math.log(3), requires_grad=True)  # [batch trial pos]
     loss = compute_loss(log_probs, rows["centered_rewards"], "clipped", log_probs)
     rows["gradient of each token"] = torch.autograd.grad(loss, log_probs)[0][..., 0]
     lines = [f"{'sort [1, 0, 2]':24}" + "".join(f"{str(x):>12}" for x in responses)]
@@ -306,39 +296,38 @@ def worked_example():
         lines.append(f"{name:24}" + "".join(f"{x:12.3f}" for x in values[0].tolist()))
     return "\n".join(lines) + f"""
 
-The gradient is that of the clipped loss with centred rewards by log π of a token: −δ / 12 raises
-the first two responses and lowers the others. The loss itself, minus the mean of δ, is
-{abs(loss):.1f}, as on the first step of every batch. It does not measure progress, the reward does.
-When a log π has risen from −1.10 to −0.80, its ratio is {math.exp(0.3):.2f}, above 1 + ε = 1.2.
-With δ > 0 it is not raised further, with δ < 0 it is lowered."""  # fmt: skip
+The gradient is that of the clipped loss with centred rewards by log π of a token: −δ / 12
+raises the first two responses and lowers the others. The loss itself, minus the mean of δ,
+is {abs(loss):.1f}, as on the first step of every batch. It does not measure progress, the
+reward does. When a log π has risen from −1.10 to −0.80, its ratio is {math.exp(0.3):.2f},
+above 1 + ε = 1.2. With δ > 0 it is not raised further, with δ < 0 it is lowered."""  # fmt: skip
 
 
 # 8. The KL penalty and the entropy bonus =====================================
-# The penalty ties the policy to a reference π_ref, so that it does not forget what the reward
-# does not ask for: the model before training or, where that is random as here, a copy of the
-# policy, renewed now and then. The recipe needs none. KL(π ‖ π_ref) = E_{a∼π}[log π − log π_ref],
-# 0 if both agree, is estimated from samples of π, with x = log π_ref − log π of a token:
+# The penalty ties the policy to a reference π_ref, the model before training or, where that
+# is random as here, a copy of the policy, renewed now and then. The recipe needs none.
+# KL(π ‖ π_ref) = E_{a∼π}[log π − log π_ref] is estimated from samples of π, with
+# x = log π_ref − log π of a token:
 
-#                          on policy, as an estimate     as a loss it has the gradient of
-#     k1 = −x              unbiased, may be negative     only noise: E[∇log π] = 0
-#     k2 = x²/2            biased, never negative        KL(π ‖ π_ref)
-#     k3 = eˣ − x − 1      unbiased and never negative   KL(π_ref ‖ π), the other direction
-#     k3_weighted = ρ k3   the same, off policy too      KL(π ‖ π_ref), off policy too
+#                          on policy, as an estimate    as a loss it has the gradient of
+#     k1 = −x              unbiased, may be negative    only noise: E[∇log π] = 0
+#     k2 = x²/2            biased, never negative       KL(π ‖ π_ref)
+#     k3 = eˣ − x − 1      unbiased, never negative     KL(π_ref ‖ π), the other direction
+#     k3_weighted = ρ k3   the same, off policy too     KL(π ‖ π_ref), off policy too
 
-# On reused samples k1 lowers every sampled token, whatever its reward: with β 0.1 only 5 of 32
-# runs sort all, with the others 32 (table 4a). The names are J. Schulman's ("Approximating
-# KL divergence", 2020). The right column holds for independent tokens, as here (table 6c).
-# Otherwise it misses what a token does to later ones (arXiv 2506.09477). Mind the sign of x:
-# with −x "k3" estimates χ²(π ‖ π_ref) − KL(π ‖ π_ref), and has the gradient of χ²/2.
+# J. Schulman, "Approximating KL divergence", 2020. On reused samples k1 lowers every token,
+# whatever its reward: with β 0.1 only 5 of 32 runs sort all, with the others 32 (table 4a).
+# The right column holds for independent tokens, as here (table 6c); otherwise it misses what
+# a token does to later ones (arXiv 2506.09477).
 
 
 def compute_kl_penalty(log_probs, ref_log_probs, estimator="k3", old_log_probs=None):
-    """An estimate of KL(π ‖ π_ref) of a response: summed over pos, averaged over the rest
-    float[batch trial pos] each → scalar, or float[run]. Without old_log_probs ρ has value 1
-    and gradient ∇log π. For GRPO's β (eq. 3 is a mean over pos) use β / pos.
+    """KL(π ‖ π_ref) of a response, estimated from float[batch trial pos] → scalar, or [run]
+    Summed over pos: for GRPO's β (eq. 3 is a mean over pos) use β / pos. ρ is 1 with the
+    gradient ∇log π if there are no old_log_probs.
     """
-    others = [x for x in (ref_log_probs, old_log_probs) if x is not None]
-    if log_probs.dim() < 3 or any(x.shape != log_probs.shape for x in others):
+    old_log_probs = log_probs if old_log_probs is None else old_log_probs
+    if not log_probs.shape == ref_log_probs.shape == old_log_probs.shape or log_probs.dim() < 3:
         raise ValueError("all log-probabilities must be [batch trial pos]")
     x = ref_log_probs.detach() - log_probs  # [batch trial pos]
     if estimator == "k1":
@@ -348,7 +337,6 @@ def compute_kl_penalty(log_probs, ref_log_probs, estimator="k3", old_log_probs=N
     elif estimator == "k3":  # GRPO, arXiv 2402.03300, eq. 4
         kl = x.exp() - x - 1
     elif estimator == "k3_weighted":  # DeepSeek-V3.2, arXiv 2512.02556
-        old_log_probs = log_probs if old_log_probs is None else old_log_probs
         kl = (log_probs - old_log_probs.detach()).exp() * (x.exp() - x - 1)
     else:
         raise ValueError(f"{estimator!r} is no estimator of compute_kl_penalty")
@@ -356,15 +344,14 @@ def compute_kl_penalty(log_probs, ref_log_probs, estimator="k3", old_log_probs=N
 
 
 def compute_entropy(prompts, model):
-    """Mean entropy of a token, nats: int[batch pos] → scalar, or float[run]; PPO, eq. 9"""
+    """Mean entropy of a token in nats: int[batch pos] → scalar, or float[run]"""
     log_probs = model(prompts).log_softmax(dim=-1)  # [batch pos vocab]
     return -(log_probs.exp() * log_probs).sum(dim=-1).mean(dim=(-2, -1))
 
 
 # 9. The training loop ========================================================
-# Every epoch samples a group of responses to every prompt with the current policy, π_old,
-# turns their rewards into deltas, and takes several gradient steps on these same samples. All
-# runs are trained on the sum of their losses; none influences another.
+# Every epoch samples with the current policy, π_old, turns rewards into deltas, and takes
+# several gradient steps on these samples. Runs never influence one another.
 
 CLASSIC_PROMPTS = ((1, 0, 2), (3, 2, 4), (1, 2, 3))
 REWARDS = {
@@ -377,16 +364,16 @@ DELTAS = (
 )  # fmt: skip
 LOSSES = ("naive", "unclipped", "clipped", "gspo", "cispo")
 KL_ESTIMATORS = ("k1", "k2", "k3", "k3_weighted")
-# arguments of run_policy_gradient, and flags: type or choices, meaning (the classic default)
+# Arguments of run_policy_gradient, also flags: type or choices, meaning (classic default)
 SETTINGS = {
     "num_epochs": (int, "rounds of sampling (100)"),
     "num_steps_per_epoch": (int, "gradient steps on the same samples (10)"),
-    "compute_ref_model_period": (int, "epochs until π_ref is renewed; with 1 it is π_old (10)"),
+    "compute_ref_model_period": (int, "epochs until π_ref is renewed; 1: it is π_old (10)"),
     "num_responses": (int, "the group size G (10)"),
-    "deltas_mode": ((*DELTAS, "process", "gae"), "how rewards become δ; gae is PPO (rewards)"),
+    "deltas_mode": ((*DELTAS, "process", "gae"), "from rewards to δ; gae: PPO (rewards)"),
     "loss_mode": (LOSSES, "naive is REINFORCE, clipped PPO and GRPO (naive)"),
     "kl_penalty": (float, "coefficient β of the KL penalty (0.0)"),
-    "reward_fn": (tuple(REWARDS), "or in Python a function like those (inclusion_ordering)"),
+    "reward_fn": (tuple(REWARDS), "in Python: a function (inclusion_ordering)"),
     "prompts": (list, "prompts of one length (the three classic ones)"),
     "batch_size": (int, "prompts drawn for an epoch (None: all)"),
     "vocab_size": (int, "different tokens (None: the largest of the prompts + 1)"),
@@ -398,7 +385,7 @@ SETTINGS = {
     "target_kl": (float, "no gradient to a run past this KL(π_old ‖ π), nats (None)"),
     "kl_estimator": (KL_ESTIMATORS, "of the KL penalty (k3)"),
     "entropy_bonus": (float, "coefficient of the entropy (0.0)"),
-    "anneal": (("no", "yes"), "let learning rate and entropy bonus fall linearly to 0 (no)"),
+    "anneal": (("no", "yes"), "learning rate and entropy bonus fall to 0 (no)"),
     "gamma": (float, "γ of gae (1.0)"),
     "lam": (float, "λ of gae (0.95)"),
     "value_coefficient": (float, "of the critic's loss; Adam rescales it (1.0)"),
@@ -413,9 +400,10 @@ RECIPE = dict(  # what it changes
 
 def draw_batch(prompts, batch_size, num_runs, generator):
     """Prompts of an epoch, for each run: int[(run) prompt pos] → int[run batch pos]"""
-    drawn = torch.randint(prompts.shape[-2], (num_runs, batch_size, 1), generator=generator)
-    every = prompts.expand(num_runs, -1, -1)  # [run prompt pos]
-    return every.gather(1, drawn.expand(-1, -1, prompts.shape[-1]))
+    shape = num_runs, batch_size, 1
+    drawn = torch.randint(prompts.shape[-2], shape, generator=generator)  # [run batch 1]
+    drawn = drawn.expand(-1, -1, prompts.shape[-1])  # [run batch pos]
+    return prompts.expand(num_runs, -1, -1).gather(1, drawn)
 
 
 @torch.no_grad()
@@ -429,7 +417,7 @@ def measure_epoch(losses, rewards, prompts, model, ref_model):
         "mean_reward": rewards.mean(dim=(-2, -1)),  # of the samples
         "batch_exact_match": sorts_greedily(prompts, model).float().mean(dim=-1),
         "entropy": compute_entropy(prompts, model),  # of a token, nats
-        "kl": kl.sum(dim=(-2, -1)).mean(dim=-1),  # exact KL(π ‖ π_ref) of a response, nats
+        "kl": kl.sum(dim=(-2, -1)).mean(dim=-1),  # exact, of a response, nats
     }
     if not measured["entropy"].isfinite().all():
         raise ValueError("the policy is no longer finite: lower learning_rate")
@@ -444,10 +432,9 @@ def run_policy_gradient(
     epsilon_high=None, target_kl=None, kl_estimator="k3", entropy_bonus=0.0, anneal=False,
     gamma=1.0, lam=0.95, value_coefficient=1.0, num_runs=1, seed=0, on_epoch=None,
 ):  # fmt: skip
-    """Train models side by side; the arguments are those of SETTINGS.
-    Returns an object with model; prompts; exact_match float[run], greedy, on all prompts;
-    curves {name: float[epoch run]} of measure_epoch; records, their means over runs, a dict
-    an epoch, with "epoch" and "step", the gradient steps so far. After each epoch calls
+    """Train models side by side, with the arguments of SETTINGS → an object with model; prompts;
+    exact_match float[run], greedy, on all prompts; curves {name: float[epoch run]} of
+    measure_epoch; records, their means over runs, one dict an epoch. After each epoch calls
     on_epoch(record, prompts, responses, rewards, deltas, log_probs).
     """
     if len({len(prompt) for prompt in prompts}) > 1:
@@ -455,7 +442,7 @@ def run_policy_gradient(
     prompts = torch.as_tensor(prompts)  # [batch pos] or [run batch pos]
     if deltas_mode == "process" and reward_fn is not sort_distance_reward:
         raise ValueError("deltas_mode process needs reward_fn distance")
-    vocab_size, length = vocab_size or int(prompts.max()) + 1, prompts.shape[-1]
+    length, vocab_size = prompts.shape[-1], vocab_size or int(prompts.max()) + 1
     generator = torch.Generator().manual_seed(seed)
     model = Model(vocab_size, embedding_dim, length, length, init_scale, num_runs, generator)
     parameters, critic = list(model.parameters()), None
@@ -468,10 +455,9 @@ def run_policy_gradient(
     for epoch in range(num_epochs):
         remaining = 1 - epoch / num_epochs if anneal else 1.0
         optimizer.param_groups[0]["lr"] = learning_rate * remaining
-        if epoch % compute_ref_model_period == 0:  # (!5) frozen, not the model's own tensors
+        if epoch % compute_ref_model_period == 0:  # (!5) a frozen copy
             ref_model = copy.deepcopy(model).requires_grad_(False)
-        drawn = batch_size is not None
-        batch = draw_batch(prompts, batch_size, num_runs, generator) if drawn else prompts
+        batch = draw_batch(prompts, batch_size, num_runs, generator) if batch_size else prompts
         responses = generate_responses(batch, model, num_responses, generator)
         rewards = compute_reward(batch, responses, reward_fn)  # [run batch trial]
         deltas, returns = deltas_and_returns(
@@ -482,11 +468,10 @@ def run_policy_gradient(
         losses = []
         for _ in range(num_steps_per_epoch):
             log_probs = compute_log_probs(batch, responses, model)  # [run batch trial pos]
-            clip = dict(epsilon=epsilon, epsilon_high=epsilon_high)
-            loss = compute_loss(log_probs, deltas, loss_mode, old_log_probs, **clip)  # [run]
+            loss = compute_loss(log_probs, deltas, loss_mode, old_log_probs, epsilon, epsilon_high)
             if kl_penalty:
                 kl = compute_kl_penalty(log_probs, ref_log_probs, kl_estimator, old_log_probs)
-                loss = loss + kl_penalty * kl
+                loss = loss + kl_penalty * kl  # [run]
             if entropy_bonus:
                 loss = loss - entropy_bonus * remaining * compute_entropy(batch, model)
             if critic is not None:
@@ -494,8 +479,7 @@ def run_policy_gradient(
                 loss = loss + value_coefficient * error.square().mean(dim=(-3, -2, -1))
             losses.append(loss.detach())
             if target_kl is not None:
-                # Samples are from π_old, so this is KL(π_old ‖ π). A run past the target
-                # gets no more gradient on them. Adam's momentum may still move it.
+                # KL(π_old ‖ π): a run past it gets no gradient, only Adam's momentum
                 loss = loss * (compute_kl_penalty(old_log_probs, log_probs) <= target_kl)
             optimizer.zero_grad()
             loss.sum().backward()  # (!6) not the mean, which would divide by num_runs
@@ -514,13 +498,11 @@ def run_policy_gradient(
 
 
 def show_epoch(record, prompts, responses, rewards, deltas, log_probs, count=None):
-    """An on_epoch: print what the first run sampled, `count` responses to each prompt"""
+    """An on_epoch: print what the first run sampled, `count` responses to a prompt"""
     if record["epoch"] not in (0, 2, 5, 10) and (record["epoch"] + 1) % 100:
         return
-    text = (
-        "\nepoch {epoch}, all runs: loss {loss:+.3f}, mean reward {mean_reward:.2f}, after it exact"
-    )
-    print((text + " match {batch_exact_match:.0%}, entropy {entropy:.2f} nats").format(**record))
+    text = "\nepoch {epoch}, all runs: loss {loss:+.3f}, mean reward {mean_reward:.2f}, then "
+    print((text + "exact match {batch_exact_match:.0%}, entropy {entropy:.2f}").format(**record))
     for b, prompt in enumerate(prompts.expand(len(responses), -1, -1)[0].tolist()):
         print(f"  prompt {prompt}, sorted {sorted(prompt)}")
         for i, response in enumerate(responses[0, b, :count].tolist()):
@@ -531,21 +513,20 @@ def show_epoch(record, prompts, responses, rewards, deltas, log_probs, count=Non
 
 # 10. PPO, which GRPO simplifies ==============================================
 # PPO needs no group. It learns the baseline: a second network, the critic V, predicts the
-# reward still to come; V_t is V(prompt, tokens before t). Each token is an action. How much
-# the expected reward changed when it appeared is the temporal-difference error e_t. Its
-# advantage is its own error plus those of the later tokens, discounted:
+# reward still to come; V_t is V(prompt, tokens before t). How much the expected reward
+# changed when a token appeared is its temporal-difference error e_t. The token's advantage
+# is this error plus those of the later tokens, discounted:
 
 #     e_t = r_t + γ V_{t+1} − V_t
 #     Â_t = Σ_{l≥0} (γλ)^l e_{t+l}     generalized advantage estimation (GAE): its δ
 
-# r_t comes with token t (here R with the last, otherwise 0), V is 0 after the end, γ < 1 makes
-# later rewards count less. λ = 1 gives (reward still to come) − V_t, unbiased and noisy; λ = 0
-# trusts V completely. PPO maximises the clipped objective, minus the squared error of V, plus
-# the entropy (arXiv 1707.06347, eq. 9).
+# r_t comes with token t (here R with the last, otherwise 0), V is 0 after the end. λ = 1 is
+# unbiased and noisy; λ = 0 trusts V completely. PPO maximises the clipped objective −
+# squared error of V + entropy (arXiv 1707.06347, eq. 9).
 
 
 class Critic(nn.Module):
-    """V(prompt, tokens so far): one hidden layer over one-hot tokens, on a run axis."""
+    """V(prompt, tokens so far): one hidden layer over one-hot tokens, on a run axis"""
 
     def __init__(self, vocab_size, length, num_runs, generator, hidden=64):
         super().__init__()
@@ -558,21 +539,20 @@ class Critic(nn.Module):
     def forward(self, prompts, responses):
         """V before each token: int[batch pos], int[run batch trial pos] → as the latter"""
         length = responses.shape[-1]
-        prompt = F.one_hot(prompts, self.vocab_size).flatten(-2).float()  # [batch pos*vocab]
+        prompt = F.one_hot(prompts, self.vocab_size).flatten(-2)  # [batch pos*vocab]
         tokens = F.one_hot(responses, self.vocab_size).float()  # [batch trial pos vocab]
         # (!7) before[t, j] = 1 for j < t: V may not see the token that it judges.
         before = torch.ones(length, length).tril(-1)  # [pos pos]
         prefix = torch.einsum("tj,...jv->...tjv", before, tokens).flatten(-2)
         parts = prompt[..., None, None, :], prefix, torch.eye(length)
         features = torch.cat([x.expand(*responses.shape, -1) for x in parts], dim=-1)
-        hidden = torch.einsum("...btpf,...fh->...btph", features, self.hidden_weights).tanh()
-        return torch.einsum("...btph,...h->...btp", hidden, self.value_weights)
+        hidden = torch.einsum("...btpf,...fh->...btph", features, self.hidden_weights)
+        return torch.einsum("...btph,...h->...btp", hidden.tanh(), self.value_weights)
 
 
 def compute_gae(token_rewards, values, gamma=1.0, lam=0.95):
-    """Generalized advantage estimation, arXiv 1506.02438, eq. 16; V after the end is 0
-    float[batch trial pos] each → (advantages, returns), constants; returns are the critic's
-    targets. With padding, mask both.
+    """GAE, arXiv 1506.02438, eq. 16: [batch trial pos] each → (advantages, returns)
+    returns are the critic's targets. With padding, mask both.
     """
     if token_rewards.shape != values.shape:
         raise ValueError("token_rewards and values must be of one shape")
@@ -597,8 +577,7 @@ def deltas_and_returns(mode, prompts, responses, rewards, critic, gamma, lam):
     # The whole reward comes with the last token: [run batch trial pos]
     token_rewards = F.pad(rewards.unsqueeze(-1), (values.shape[-1] - 1, 0))
     advantages, returns = compute_gae(token_rewards, values, gamma, lam)
-    # Normalised over all tokens of a run: not in the paper, but in most implementations.
-    run = dict(dim=(-3, -2, -1), keepdim=True)  # → [run 1 1 1]
+    run = dict(dim=(-3, -2, -1), keepdim=True)  # normalised as in most implementations
     mean, std = advantages.mean(**run), advantages.std(**run, correction=0)
     return (advantages - mean) / (std + 1e-5), returns
 
@@ -616,45 +595,40 @@ LADDER = (  # experiment 2: each row keeps the changes above it
 
 
 def mean_and_interval(values):
-    """float[run] → mean, half its 95 % interval (Student's t, to 0.1 % from 8 runs up)"""
-    n, v, values = len(values), max(len(values) - 1, 1), values.double().round(decimals=4)
-    t = 1.95996 + 2.37227 / v + 2.82250 / v**2 + 2.55585 / v**3
-    half = t * values.std().item() / n**0.5 if n > 1 else 0.0
-    return values.mean().item(), half
+    """float[… run] → mean, half its 95 % interval: Student's t, to 0.5 % from 8 runs up"""
+    v, values = max(values.shape[-1] - 1, 1), values.double()  # degrees of freedom
+    t = 1.96 + 2.37 / v + 2.8 / v**2
+    return values.mean(dim=-1), t * values.std(dim=-1, correction=0) / v**0.5
 
 
-@functools.cache
-def train(*settings):
-    """run_policy_gradient of (name, value) pairs; equal ones are trained once."""
-    return run_policy_gradient(**dict(settings))
+train = functools.cache(lambda *settings: run_policy_gradient(**dict(settings)))  # once each
 
 
 def train_table(title, rows):
     """Train and print {label: settings} row by row → {label: (settings, result)}"""
     line, results = "| {:<42} | {:<17} | {:<18} | {:<19} |", {}
-    heads = ("", "prompts sorted, %", "runs that sort all", "epochs until they do")
+    heads = "", "prompts sorted, %", "runs that sort all", "epochs until they do"
     print(f"\n## {title}\n\n{line.format(*heads)}\n{line.format(*['---'] * 4)}")
     for label, settings in tqdm(rows.items(), leave=False, disable=None):
         result = train(*sorted(settings.items()))
+        results[label] = settings, result
         solved = result.curves["batch_exact_match"] == 1  # bool[epoch run]
         first = ((solved.cumsum(dim=0) == 0).sum(dim=0) + 1).clamp(max=len(solved))  # [run]
-        measured = mean_and_interval(100 * result.exact_match), mean_and_interval(first)
-        percent, epochs = (f"{mean:.1f} ± {half:.1f}" for mean, half in measured)
+        percent = "{:.1f} ± {:.1f}".format(*mean_and_interval(100 * result.exact_match))
+        epochs = "{:.1f} ± {:.1f}".format(*mean_and_interval(first))
         runs = f"{(result.exact_match == 1).sum()} of {len(first)}"
         tqdm.write(line.format(label, percent, runs, epochs if solved.any() else "never"))
-        results[label] = settings, result
     return results
 
 
 def train_matrix(title, base):
-    """Print the exact match of every delta with every loss, of process and gae with clipped."""
+    """Print the exact match of every delta with every loss, process and gae with clipped."""
     print(f"\n## {title}\n\n{'':20}" + "".join(f"{loss:>11}" for loss in LOSSES))
     for deltas in tqdm(SETTINGS["deltas_mode"][0], leave=False, disable=None):
         losses, width = (LOSSES, 11) if deltas in DELTAS else (("clipped",), 33)
         rows = [base | dict(deltas_mode=deltas, loss_mode=loss) for loss in losses]
-        exact = [100 * train(*sorted(row.items())).exact_match for row in rows]  # each [run]
-        cells = [f"{mean_and_interval(percent)[0]:{width}.1f}" for percent in exact]
-        tqdm.write(f"{deltas:20}" + "".join(cells))
+        exact = [100 * train(*sorted(row.items())).exact_match.mean() for row in rows]
+        tqdm.write(f"{deltas:20}" + "".join(f"{x:{width}.1f}" for x in exact))
 
 
 def draw_curves(results, out):
@@ -663,39 +637,34 @@ def draw_curves(results, out):
 
     plt.switch_backend("Agg")  # no window
     figure, axes = plt.subplots(1, 3, figsize=(11, 4.2), layout="constrained")
-    titles = "mean reward, % of its maximum", "prompts sorted, %", "loss: no measure of progress"
     for label, (settings, result) in results.items():
         reward_fn = settings.get("reward_fn", sort_inclusion_ordering_reward)
-        answers = result.prompts.sort(dim=-1).values.unsqueeze(-2)  # [batch 1 pos]
-        scales = 100 / reward_fn(result.prompts, answers).mean().item(), 100, 1
-        names = "mean_reward", "batch_exact_match", "loss"
-        for axis, title, name, scale in zip(axes, titles, names, scales):
-            points = [mean_and_interval(scale * runs) for runs in result.curves[name]]
-            mean, half = torch.tensor(points).T  # each [epoch]
+        best = reward_fn(result.prompts, result.prompts.sort(dim=-1).values.unsqueeze(-2))
+        scales = dict(mean_reward=100 / best.mean(), batch_exact_match=100, loss=1)
+        for axis, (name, scale) in zip(axes, scales.items()):
+            mean, half = mean_and_interval(scale * result.curves[name])  # each [epoch]
             axis.plot(mean, label=label)
             axis.fill_between(range(len(mean)), mean - half, mean + half, alpha=0.2, lw=0)
-            axis.set(title=title, xlabel="epoch")
+    titles = "mean reward, % of maximum", "prompts sorted, %", "loss: no measure of progress"
+    for axis, title in zip(axes, titles):
+        axis.set(title=title, xlabel="epoch")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(out / "curves.png", dpi=150)
-    plt.close(figure)
     print(f"\n{out / 'curves.png'} shows the curves")
 
 
 def run_experiments(common, out):
     """The worked example, the recipe learning, experiments 1 to 3; common: seed, num_runs"""
     print(worked_example())
-    show = functools.partial(show_epoch, count=3)
-    run_policy_gradient(**RECIPE | common, on_epoch=show)
-    classic = {"classic, raw rewards": common}
-    for name, mode in (("centred", "centered_rewards"), ("normalised", "normalized_rewards")):
-        classic[f"classic, {name} rewards"] = common | dict(deltas_mode=mode)
-    ladder, settings = {}, common
+    run_policy_gradient(**RECIPE | common, on_epoch=functools.partial(show_epoch, count=3))
+    classic = {mode: common | dict(deltas_mode=mode) for mode in DELTAS[:3]}
+    train_table("1. The classic settings with three deltas", classic)
+    ladder, settings = {}, classic["rewards"]
     for label, change in LADDER:
         ladder[label] = settings = settings | change
-    drawn = train_table("1. The classic settings", classic)
-    table = train_table("2. From the classic settings to the recipe", ladder)
+    results = train_table("2. From the classic settings to the recipe", ladder)
     train_matrix("3. The recipe with every delta and loss: prompts sorted, %", RECIPE | common)
-    draw_curves(drawn | {label: table[label] for label in [*ladder][2:]}, out)
+    draw_curves(results, out)
 
 
 # 12. Command line ============================================================
@@ -705,10 +674,10 @@ def make_parser():
     """The arguments of run_policy_gradient as flags, and three more"""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--classic", action="store_true", help="start from the classic settings; print samples")
-    add("--compare", nargs="+", metavar=("SETTING", "VALUE"), help="train a row for each value")
+    add("--classic", action="store_true", help="start from the classic settings, show samples")
+    add("--compare", nargs="+", metavar=("SETTING", "VALUE"), help="a row for each value")
     add("--out", type=Path, default="runs/sort", help="folder for curves.png (runs/sort)")
-    text = "any of these but num_runs and seed trains one variant of the recipe or of --classic"
+    text = "any but num_runs and seed trains one variant of the recipe or of --classic"
     add = parser.add_argument_group("settings", text).add_argument
     for name, (kind, text) in SETTINGS.items():
         options = dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind, metavar="X")
@@ -732,35 +701,36 @@ def given_settings(args):
     return given
 
 
+def run(args, parser):
+    """What a parsed command line asks for"""
+    given = given_settings(args)
+    common = dict(num_runs=32) | {k: given[k] for k in ("num_runs", "seed") if k in given}
+    base = ({} if args.classic else RECIPE) | common | given
+    if args.compare:
+        name, *values = args.compare
+        if name not in SETTINGS or not values:
+            raise ValueError(f"--compare needs a setting and values: {', '.join(SETTINGS)}")
+        flag = "--" + name.replace("_", "-")
+        rows = {x: base | given_settings(parser.parse_args([flag, x])) for x in values}
+        draw_curves(train_table(name, rows), args.out)
+    elif args.classic or given.keys() - common.keys():
+        exact = run_policy_gradient(**base, on_epoch=show_epoch).exact_match
+        print(f"\n{(exact == 1).sum()} of {len(exact)} runs sort every prompt")
+    else:
+        run_experiments(common, args.out)
+
+
 def main(argv=None):
     """Run the command line."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a console that knows no π shows a ? for it
-            stream.reconfigure(errors="replace", line_buffering=True)
+    for stream in (sys.stdout, sys.stderr):  # a console that knows no π shows a ? for it
+        stream.reconfigure(errors="replace", line_buffering=True)
     torch.set_num_threads(1)  # the tensors are small: two threads would wait for each other
     torch.set_flush_denormal(True)  # a converged policy has denormal gradients: slow
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
-        given = given_settings(args)
-        common = dict(num_runs=32) | {k: given[k] for k in ("num_runs", "seed") if k in given}
-        base = ({} if args.classic else RECIPE) | common | given
-        if args.compare:
-            args.out.mkdir(parents=True, exist_ok=True)
-            name, values = args.compare[0].replace("-", "_"), args.compare[1:]
-            if name not in SETTINGS or not values:
-                raise ValueError(f"--compare needs a setting and values: {', '.join(SETTINGS)}")
-            flag = "--" + name.replace("_", "-")
-            changes = {x: given_settings(parser.parse_args([flag, x])) for x in values}
-            rows = {f"{name} {x}": base | change for x, change in changes.items()}
-            draw_curves(train_table(name, rows), args.out)
-        elif args.classic or given.keys() - common.keys():
-            exact = run_policy_gradient(**base, on_epoch=show_epoch).exact_match
-            runs = f"{(exact == 1).sum()} of {len(exact)} runs sort every prompt"
-            print(f"\n{runs}, on average they sort {exact.mean():.1%}")
-        else:
-            args.out.mkdir(parents=True, exist_ok=True)
-            run_experiments(common, args.out)
+        args.out.mkdir(parents=True, exist_ok=True)
+        run(args, parser)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         parser.error(str(error).split("\n")[0])
 

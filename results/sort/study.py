@@ -343,7 +343,6 @@ def as_list(values):
 
 
 # The plan =========================================================================================
-
 # A table is data: (title, base settings, changes). Each change of the base makes a row of 32 runs.
 # Where the base is None, each change is added to the row above.
 # fmt: off
@@ -537,26 +536,17 @@ def write_results(results, out):
 
 
 def draw_learning(rows, out):
-    """curves.png of experiments 1 and 2 by gs.draw_curves: classic settings, ladder, recipe."""
+    """curves.png of experiment 2 by gs.draw_curves"""
     import matplotlib.pyplot as plt
 
     # the palette of Okabe and Ito, distinguishable with every kind of colour vision
-    colours = ["#999999", "#E69F00", "#56B4E9", "#CC79A7", "#0072B2", "#009E73", "#D55E00"]
+    colours = ["#999999", "#E69F00", "#56B4E9", "#CC79A7", "#0072B2", "#D55E00"]
     plt.rcParams["axes.prop_cycle"] = plt.cycler(color=colours)
-    functions = {f.__name__: f for f in gs.REWARDS.values()}
-    names = dict(zip(gs.DELTAS, ("raw", "centred", "normalised")))
-    drawn = {f"classic, {names[row['label']]} rewards": row for row in rows
-             if row["table"] == TITLES["1"]}  # fmt: skip
+    results, settings, prompts = {}, {}, torch.tensor(gs.CLASSIC_PROMPTS)
     ladder = [row for row in rows if row["table"] == TITLES["2b"]]
-    labels = [label for label, _ in gs.LADDER]
-    drawn |= dict(list(zip(labels, ladder))[2:])  # the first two are in experiment 1
-    results = {}
-    for label, row in drawn.items():
-        settings = dict(row["settings"])
-        if "reward_fn" in settings:
-            settings["reward_fn"] = functions[settings["reward_fn"]]
+    for (label, change), row in zip(gs.LADDER, ladder):
+        settings = settings | change
         curves = {name: torch.tensor(curve) for name, curve in row["curves"].items()}
-        prompts = torch.tensor(gs.CLASSIC_PROMPTS)
         results[label] = settings, SimpleNamespace(prompts=prompts, curves=curves)
     gs.draw_curves(results, out)
 
@@ -580,7 +570,6 @@ def draw_grid(rows, out):
     axes[0].set_ylabel("delta")
     figure.colorbar(image, ax=axes, label="sorted after 100 epochs, greedy, %")
     figure.savefig(out / "grid.png", dpi=150)
-    plt.close(figure)
 
 
 def prepare():
