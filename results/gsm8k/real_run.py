@@ -5,8 +5,7 @@
 
 MODEL, BIGGER: hub names or folders of the 0.5B and the 1.5B. (Ours were made from Qwen's files
 qwen2.5-coder-0.5b-instruct-q4_k_m.gguf, sha256 1d961463…4fff32, and -1.5b-, cc324af0…3bb046,
-widened to bfloat16.) The bigger one is only evaluated. Runs go to runs/real/, finished ones are
-not repeated. real_run.json has every step, real_run.md the evaluations, real_run.png the curves.
+widened to bfloat16.) The bigger one is only evaluated. Finished runs in runs/real/ stay as they are.
 """
 
 import json
@@ -45,7 +44,6 @@ def run_all(model, bigger, folder, data=()):
 
 
 def read_lines(path):
-    """A JSONL file → list"""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
