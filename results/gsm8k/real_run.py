@@ -5,7 +5,7 @@
 
 MODEL, BIGGER: hub names or folders of the 0.5B and the 1.5B. (Ours were made from Qwen's files
 qwen2.5-coder-0.5b-instruct-q4_k_m.gguf, sha256 1d961463…4fff32, and -1.5b-, cc324af0…3bb046,
-widened to bfloat16.) The bigger one is only evaluated. Finished runs in runs/real/ stay as they are.
+widened to bfloat16.) The bigger one is only evaluated. What runs/real/ has finished stays.
 """
 
 import json
