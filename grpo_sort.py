@@ -120,7 +120,6 @@ class Model(nn.Module):
             return nn.Parameter(scale * torch.randn(*runs, *shape, generator=generator))
 
         self.embedding = normal(vocab_size, dim, scale=init_scale)  # [vocab dim]
-        # each [pos dim dim]
         self.encode_weights = normal(prompt_length, dim, dim, scale=dim**-0.5)
         self.decode_weights = normal(response_length, dim, dim, scale=dim**-0.5)
 
@@ -142,8 +141,7 @@ class Model(nn.Module):
 def generate_responses(prompts, model, num_responses, generator=None):
     """Each position from softmax(logits): int[batch pos] → int[batch trial pos]"""
     probs = model(prompts).softmax(dim=-1)  # [batch pos vocab]
-    rows = probs.flatten(0, -2)  # [batch*pos vocab]
-    samples = torch.multinomial(rows, num_responses, True, generator=generator)
+    samples = torch.multinomial(probs.flatten(0, -2), num_responses, True, generator=generator)
     return samples.unflatten(0, probs.shape[:-1]).mT  # [batch trial pos]
 
 
@@ -174,14 +172,13 @@ def sorts_greedily(prompts, model):
 
 def compute_deltas(rewards, mode):
     """The weight δ of each response from the rewards r of its group: [batch trial] → same
-    std divides by G − 1; the 1e-5 is CS336's. ValueError for unknown modes, small groups.
-    """
+    std divides by G − 1; the 1e-5 is CS336's. ValueError for unknown modes, small groups."""
     if rewards.dim() < 2 or rewards.shape[-1] < 2 and mode not in ("rewards", "max_rewards"):
         raise ValueError(f"{mode} needs rewards [batch trial ≥ 2]: {list(rewards.shape)}")
-    top = rewards.amax(dim=-1, keepdim=True)  # [batch 1]
-    mean = rewards.mean(dim=-1, keepdim=True)  # [batch 1]
+    group = dict(dim=-1, keepdim=True)
+    top, mean = rewards.amax(**group), rewards.mean(**group)  # each [batch 1]
     # (!1) Equal rewards teach nothing: exactly 0, even if the mean is off by rounding.
-    equal = top == rewards.amin(dim=-1, keepdim=True)  # [batch 1]
+    equal = top == rewards.amin(**group)
     centered = (rewards - mean).masked_fill(equal, 0.0)  # [batch trial]
 
     if mode == "rewards":  # REINFORCE, Williams 1992
@@ -189,7 +186,7 @@ def compute_deltas(rewards, mode):
     if mode == "centered_rewards":  # r − mean: Dr. GRPO, arXiv 2503.20783
         return centered
     if mode == "normalized_rewards":  # (r − mean) / std: GRPO, arXiv 2402.03300, 4.1.2
-        return centered / (rewards.std(dim=-1, keepdim=True) + 1e-5)
+        return centered / (rewards.std(**group) + 1e-5)
     if mode == "max_rewards":  # r if it is the group's maximum, else 0: CS336, lecture 17
         return torch.where(rewards == top, rewards, 0.0)
     if mode == "leave_one_out":  # r − mean of the others: RLOO, arXiv 2402.14740
@@ -203,8 +200,7 @@ def compute_deltas(rewards, mode):
 
 def compute_process_deltas(step_rewards):
     """Process supervision, GRPO section 4.1.3: [batch trial pos] → a δ for each token
-    Normalised over all steps of the group, then summed from a token's own step to the end.
-    """
+    Normalised over all steps of the group, then summed from a token's own step to the end."""
     if step_rewards.dim() < 3 or step_rewards.shape[-2:].numel() < 2:
         raise ValueError("step_rewards must be [batch trial pos], two steps in a group")
     group = dict(dim=(-2, -1), keepdim=True)  # over trial and pos: [batch 1 1]
@@ -247,8 +243,7 @@ def compute_log_probs(prompts, responses, model):
 
 def compute_loss(log_probs, deltas, mode, old_log_probs=None, epsilon=0.2, epsilon_high=None):
     """The mean loss of tokens: log-probabilities [batch trial pos], without padding, deltas
-    [batch trial] or [batch trial pos] → scalar, or float[run]. ValueError for unknown modes.
-    """
+    [batch trial] or [batch trial pos] → scalar, or float[run]. ValueError for unknown modes."""
     if log_probs.dim() < 3 or deltas.shape not in (log_probs.shape[:-1], log_probs.shape):
         raise ValueError(f"deltas {deltas.shape} do not fit log_probs {log_probs.shape}")
     deltas = deltas if deltas.shape == log_probs.shape else deltas.unsqueeze(-1)  # […, pos or 1]
@@ -324,8 +319,7 @@ above 1 + ε = 1.2. With δ > 0 it is not raised further, with δ < 0 it is lowe
 def compute_kl_penalty(log_probs, ref_log_probs, estimator="k3", old_log_probs=None):
     """KL(π ‖ π_ref) of a response, estimated from float[batch trial pos] → scalar, or [run]
     Summed over pos: for GRPO's β (eq. 3 is a mean over pos) use β / pos. ρ is 1 with the
-    gradient ∇log π if there are no old_log_probs.
-    """
+    gradient ∇log π if there are no old_log_probs."""
     old_log_probs = log_probs if old_log_probs is None else old_log_probs
     if not log_probs.shape == ref_log_probs.shape == old_log_probs.shape or log_probs.dim() < 3:
         raise ValueError("all log-probabilities must be [batch trial pos]")
@@ -350,18 +344,23 @@ def compute_entropy(prompts, model):
 
 
 # 9. The training loop ========================================================
-# Every epoch samples with the current policy, π_old, turns rewards into deltas, and takes
-# several gradient steps on these samples. Runs never influence one another.
+# An epoch samples from π, which is then π_old, and takes several steps on these samples.
 
 CLASSIC_PROMPTS = ((1, 0, 2), (3, 2, 4), (1, 2, 3))
 REWARDS = {
     "distance": sort_distance_reward,
-    "inclusion_ordering": sort_inclusion_ordering_reward, "exact": exact_sort_reward,
-}  # fmt: skip
+    "inclusion_ordering": sort_inclusion_ordering_reward,
+    "exact": exact_sort_reward,
+}
 DELTAS = (
-    "rewards", "centered_rewards", "normalized_rewards", "max_rewards", "leave_one_out",
-    "batch_normalized", "max_likelihood",
-)  # fmt: skip
+    "rewards",
+    "centered_rewards",
+    "normalized_rewards",
+    "max_rewards",
+    "leave_one_out",
+    "batch_normalized",
+    "max_likelihood",
+)
 LOSSES = ("naive", "unclipped", "clipped", "gspo", "cispo")
 KL_ESTIMATORS = ("k1", "k2", "k3", "k3_weighted")
 # Arguments of run_policy_gradient, also flags: type or choices, meaning (classic default)
@@ -392,18 +391,22 @@ SETTINGS = {
     "num_runs": (int, "models trained side by side (1; on the command line 32)"),
     "seed": (int, "equal seeds give equal numbers (0)"),
 }
-RECIPE = dict(  # what it changes
-    init_scale=0.1, deltas_mode="normalized_rewards", loss_mode="clipped",
-    reward_fn=sort_distance_reward, learning_rate=5e-3,
-)  # fmt: skip
+LADDER = (  # from the classic settings to the recipe: each row keeps the changes above it
+    ("classic: raw rewards, REINFORCE loss", {}),
+    ("+ normalize the rewards in each group", dict(deltas_mode="normalized_rewards")),
+    ("+ start from a nearly uniform policy", dict(init_scale=0.1)),
+    ("+ reward each number in its right place", dict(reward_fn=sort_distance_reward)),
+    ("+ PPO's clipped loss", dict(loss_mode="clipped")),
+    ("+ five times the learning rate: the recipe", dict(learning_rate=5e-3)),
+)
+RECIPE = {name: value for _, change in LADDER for name, value in change.items()}
 
 
 def draw_batch(prompts, batch_size, num_runs, generator):
     """Prompts of an epoch, for each run: int[(run) prompt pos] → int[run batch pos]"""
     shape = num_runs, batch_size, 1
     drawn = torch.randint(prompts.shape[-2], shape, generator=generator)  # [run batch 1]
-    drawn = drawn.expand(-1, -1, prompts.shape[-1])  # [run batch pos]
-    return prompts.expand(num_runs, -1, -1).gather(1, drawn)
+    return prompts.expand(num_runs, -1, -1).take_along_dim(drawn, dim=1)
 
 
 @torch.no_grad()
@@ -424,6 +427,13 @@ def measure_epoch(losses, rewards, prompts, model, ref_model):
     return measured
 
 
+def mean_and_interval(values):
+    """float[… run] → mean, half its 95 % interval: Student's t, to 0.5 % from 8 runs up"""
+    v, values = max(values.shape[-1] - 1, 1), values.double()
+    t = 1.96 + 2.37 / v + 2.8 / v**2
+    return values.mean(dim=-1), t * values.std(dim=-1, correction=0) / v**0.5
+
+
 def run_policy_gradient(
     num_epochs=100, num_steps_per_epoch=10, compute_ref_model_period=10, num_responses=10,
     deltas_mode="rewards", loss_mode="naive", kl_penalty=0.0,
@@ -435,8 +445,7 @@ def run_policy_gradient(
     """Train models side by side, with the arguments of SETTINGS → an object with model; prompts;
     exact_match float[run], greedy, on all prompts; curves {name: float[epoch run]} of
     measure_epoch; records, their means over runs, one dict an epoch. After each epoch calls
-    on_epoch(record, prompts, responses, rewards, deltas, log_probs).
-    """
+    on_epoch(record, prompts, responses, rewards, deltas, log_probs)."""
     if len({len(prompt) for prompt in prompts}) > 1:
         raise ValueError("prompts must be of one length, such as 3,2,4 and 1,2,3")
     prompts = torch.as_tensor(prompts)  # [batch pos] or [run batch pos]
@@ -449,7 +458,7 @@ def run_policy_gradient(
     if deltas_mode == "gae":
         critic = Critic(vocab_size, length, num_runs, generator)
         parameters += critic.parameters()
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)  # one kernel
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
     records, history = [], []
 
     for epoch in range(num_epochs):
@@ -552,8 +561,7 @@ class Critic(nn.Module):
 
 def compute_gae(token_rewards, values, gamma=1.0, lam=0.95):
     """GAE, arXiv 1506.02438, eq. 16: [batch trial pos] each → (advantages, returns)
-    returns are the critic's targets. With padding, mask both.
-    """
+    returns are the critic's targets. With padding, mask both."""
     if token_rewards.shape != values.shape:
         raise ValueError("token_rewards and values must be of one shape")
     token_rewards, values = token_rewards.detach(), values.detach()
@@ -583,25 +591,7 @@ def deltas_and_returns(mode, prompts, responses, rewards, critic, gamma, lam):
 
 
 # 11. What a plain run shows (the algorithm ends here) ========================
-
-LADDER = (  # experiment 2: each row keeps the changes above it
-    ("classic: raw rewards, REINFORCE loss", {}),
-    ("+ normalize the rewards in each group", dict(deltas_mode="normalized_rewards")),
-    ("+ start from a nearly uniform policy", dict(init_scale=0.1)),
-    ("+ reward each number in its right place", dict(reward_fn=sort_distance_reward)),
-    ("+ PPO's clipped loss", dict(loss_mode="clipped")),
-    ("+ five times the learning rate: the recipe", dict(learning_rate=5e-3)),
-)
-
-
-def mean_and_interval(values):
-    """float[… run] → mean, half its 95 % interval: Student's t, to 0.5 % from 8 runs up"""
-    v, values = max(values.shape[-1] - 1, 1), values.double()  # degrees of freedom
-    t = 1.96 + 2.37 / v + 2.8 / v**2
-    return values.mean(dim=-1), t * values.std(dim=-1, correction=0) / v**0.5
-
-
-train = functools.cache(lambda *settings: run_policy_gradient(**dict(settings)))  # once each
+train = functools.cache(lambda *settings: run_policy_gradient(**dict(settings)))
 
 
 def train_table(title, rows):
@@ -635,7 +625,6 @@ def draw_curves(results, out):
     """out/curves.png of {label: (settings, result)}: reward, exact match and loss by epoch"""
     import matplotlib.pyplot as plt
 
-    plt.switch_backend("Agg")  # no window
     figure, axes = plt.subplots(1, 3, figsize=(11, 4.2), layout="constrained")
     for label, (settings, result) in results.items():
         reward_fn = settings.get("reward_fn", sort_inclusion_ordering_reward)
@@ -645,10 +634,10 @@ def draw_curves(results, out):
             mean, half = mean_and_interval(scale * result.curves[name])  # each [epoch]
             axis.plot(mean, label=label)
             axis.fill_between(range(len(mean)), mean - half, mean + half, alpha=0.2, lw=0)
-    titles = "mean reward, % of maximum", "prompts sorted, %", "loss: no measure of progress"
-    for axis, title in zip(axes, titles):
-        axis.set(title=title, xlabel="epoch")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    axes[0].set(title="mean reward, % of maximum", xlabel="epoch")
+    axes[1].set(title="prompts sorted, %", xlabel="epoch")
+    axes[2].set(title="loss: no measure of progress", xlabel="epoch")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(out / "curves.png", dpi=150)
     print(f"\n{out / 'curves.png'} shows the curves")
 
@@ -677,8 +666,7 @@ def make_parser():
     add("--classic", action="store_true", help="start from the classic settings, show samples")
     add("--compare", nargs="+", metavar=("SETTING", "VALUE"), help="a row for each value")
     add("--out", type=Path, default="runs/sort", help="folder for curves.png (runs/sort)")
-    text = "any but num_runs and seed trains one variant of the recipe or of --classic"
-    add = parser.add_argument_group("settings", text).add_argument
+    add = parser.add_argument_group("settings, of the recipe or of --classic").add_argument
     for name, (kind, text) in SETTINGS.items():
         options = dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind, metavar="X")
         if name == "prompts":
@@ -701,25 +689,6 @@ def given_settings(args):
     return given
 
 
-def run(args, parser):
-    """What a parsed command line asks for"""
-    given = given_settings(args)
-    common = dict(num_runs=32) | {k: given[k] for k in ("num_runs", "seed") if k in given}
-    base = ({} if args.classic else RECIPE) | common | given
-    if args.compare:
-        name, *values = args.compare
-        if name not in SETTINGS or not values:
-            raise ValueError(f"--compare needs a setting and values: {', '.join(SETTINGS)}")
-        flag = "--" + name.replace("_", "-")
-        rows = {x: base | given_settings(parser.parse_args([flag, x])) for x in values}
-        draw_curves(train_table(name, rows), args.out)
-    elif args.classic or given.keys() - common.keys():
-        exact = run_policy_gradient(**base, on_epoch=show_epoch).exact_match
-        print(f"\n{(exact == 1).sum()} of {len(exact)} runs sort every prompt")
-    else:
-        run_experiments(common, args.out)
-
-
 def main(argv=None):
     """Run the command line."""
     for stream in (sys.stdout, sys.stderr):  # a console that knows no π shows a ? for it
@@ -730,7 +699,21 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        run(args, parser)
+        given = given_settings(args)
+        common = dict(num_runs=32) | {k: given[k] for k in ("num_runs", "seed") if k in given}
+        base = ({} if args.classic else RECIPE) | common | given
+        if args.compare:
+            name, *values = args.compare
+            if name not in SETTINGS or not values:
+                raise ValueError(f"--compare needs a setting and values: {', '.join(SETTINGS)}")
+            flag = "--" + name.replace("_", "-")
+            rows = {x: base | given_settings(parser.parse_args([flag, x])) for x in values}
+            draw_curves(train_table(name, rows), args.out)
+        elif args.classic or given.keys() - common.keys():
+            exact = run_policy_gradient(**base, on_epoch=show_epoch).exact_match
+            print(f"\n{(exact == 1).sum()} of {len(exact)} runs sort every prompt")
+        else:
+            run_experiments(common, args.out)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         parser.error(str(error).split("\n")[0])
 
