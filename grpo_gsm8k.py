@@ -36,7 +36,6 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from functools import partial
@@ -63,23 +62,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 SYSTEM_PROMPT = """\
 Solve the problem step by step. Write the steps between <reasoning> and </reasoning>, then the \
 final number alone between <answer> and </answer>, like this:
-<reasoning>
-...
-</reasoning>
-<answer>
-...
-</answer>"""
+<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"""
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 # For --example-turn: small models write tags after an example, hardly ever when only told to.
 EXAMPLE_QUESTION = "Ann sold 48 clips in April and half as many in May. How many did she sell?"
 EXAMPLE_ANSWER = """\
-<reasoning>
-In May Ann sold 48/2 = 24 clips.
-In all she sold 48+24 = 72 clips.
-</reasoning>
-<answer>
-72
-</answer>"""
+<reasoning>\nIn May Ann sold 48/2 = 24 clips.\nIn all she sold 48+24 = 72 clips.\n</reasoning>
+<answer>\n72\n</answer>"""
 
 
 def extract_answer_from_dataset(text):
@@ -89,25 +78,23 @@ def extract_answer_from_dataset(text):
 
 def load_problems(path=None, split="train"):
     """GSM8K from the hub, or a JSONL file like it → list of {"question": str, "answer": str}
-    The answer is what follows '####'. ValueError names the first row that is wrong.
-    """
+    The answer is what follows '####'. ValueError names the first row that is wrong."""
     if path is None:
         from datasets import load_dataset
 
-        path, rows = "openai/gsm8k", load_dataset("openai/gsm8k", "main", split=split)
-    else:
-        rows = Path(path).read_bytes().splitlines()
+        rows = load_dataset("openai/gsm8k", "main", split=split)
+        return [{**row, "answer": extract_answer_from_dataset(row["answer"])} for row in rows]
     problems = []
-    for number, row in enumerate(rows, start=1):
-        if isinstance(row, bytes) and not row.strip():
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        if not line.strip():
             continue
         text = "not a JSON object with texts under question and answer"
         try:
-            row = json.loads(row) if isinstance(row, bytes) else row
+            row = json.loads(line)
             question, answer = row["question"], extract_answer_from_dataset(row["answer"])
             question.encode()  # half a surrogate pair is no text
-            text = f"no question, or no number after '####' in {row['answer'][-30:]!r}; for other"
-            text += " kinds of answers see the README, your own task"
+            text = f"no question, or no number after '####': {answer!r:.40}; for answers of other"
+            text += " kinds see the README"
             if not question.strip() or parse_number(answer or "") is None:
                 raise ValueError
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -120,21 +107,20 @@ def load_problems(path=None, split="train"):
 
 def build_prompt(question, tokenizer, example_turn=False):
     """Instruction, question and start of the model's turn, by the tokenizer's chat template:
-    a text with all special tokens, to be encoded with add_special_tokens=False
-    """
+    a text with all special tokens, to be encoded with add_special_tokens=False"""
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template: use an instruct model")
     turns = [EXAMPLE_QUESTION, EXAMPLE_ANSWER, question] if example_turn else [question]
     turns = [{"role": r, "content": x} for r, x in zip(("user", "assistant", "user"), turns)]
-    render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+    options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
     try:
         system = {"role": "system", "content": SYSTEM_PROMPT}
-        prompt = render([system, *turns], enable_thinking=False)
+        prompt = tokenizer.apply_chat_template([system, *turns], **options)
     except jinja2.TemplateError:  # some templates (Gemma's) refuse a system turn
         prompt = ""
     if SYSTEM_PROMPT.strip() not in prompt:  # others leave it out without a word
         turns[0]["content"] = f"{SYSTEM_PROMPT}\n\n{turns[0]['content']}"
-        prompt = render(turns, enable_thinking=False)
+        prompt = tokenizer.apply_chat_template(turns, **options)
     return prompt
 
 
@@ -180,10 +166,9 @@ def last_number(text):
 
 def extract_answer_from_model_output(text):
     """The stripped text of the last <answer>; None if not closed, empty or '...'."""
-    answer, closed, _ = text.rpartition("<answer>")[2].partition("</answer>")
-    if "<answer>" not in text or not closed or answer.strip() in ("", "..."):
-        return None
-    return answer.strip()
+    _, opened, answer = text.rpartition("<answer>")
+    answer, closed, _ = answer.partition("</answer>")
+    return answer.strip() if opened and closed and answer.strip() not in ("", "...") else None
 
 
 def correctness_reward(completions, answers):
@@ -213,12 +198,12 @@ def checked_rewards(function, completions, *answers):
     returned = function(completions, *answers)
     try:
         rewards = [float(reward) for reward in returned]
-        if len(rewards) == len(completions) and all(map(math.isfinite, rewards)):
-            return rewards
     except (TypeError, ValueError, RuntimeError):
-        pass
-    text = f"{function.__name__} must return {len(completions)} finite numbers, not"
-    raise ValueError(f"{text} {' '.join(repr(returned).split()):.80}")
+        rewards = []
+    if len(rewards) != len(completions) or not all(map(math.isfinite, rewards)):
+        text = f"{function.__name__} must return {len(completions)} finite numbers, not"
+        raise ValueError(f"{text} {' '.join(repr(returned).split()):.80}")
+    return rewards
 
 
 # 3. Sampling ======================================================================================
@@ -231,8 +216,7 @@ def checked_rewards(function, completions, *answers):
 def create_completion_mask(completion_ids, eos_token_ids):
     """1 up to and including the first end token: int[row pos], list → int[row pos]
     (!1) By position, not by comparing with the pad token: that is often the end token itself,
-    and a model whose end token is outside the mask never learns to stop.
-    """
+    and a model whose end token is outside the mask never learns to stop."""
     ends = torch.tensor(eos_token_ids, device=completion_ids.device)  # [end]
     is_end = torch.isin(completion_ids, ends).int()  # [row pos]
     return (is_end.cumsum(dim=-1) - is_end == 0).int()  # no end token before this one
@@ -240,8 +224,7 @@ def create_completion_mask(completion_ids, eos_token_ids):
 
 def get_eos_token_ids(model, tokenizer):
     """Every token that ends a completion → list[int]. Also the one that ends a turn in the chat
-    template: a base Qwen's own is <|endoftext|>, but its template writes <|im_end|>.
-    """
+    template: a base Qwen's own is <|endoftext|>, but its template writes <|im_end|>."""
     own = model.generation_config.eos_token_id  # a number, a list, or None
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
     if tokenizer.chat_template:
@@ -270,8 +253,7 @@ def decode_tokens(tokenizer, tokens, eos_token_ids):
 
 def sample_tokens(logits, temperature=1.0, generator=None):
     """A token a row from softmax(logits / temperature), at 0 the likeliest, and its log π:
-    float[row vocab] → int[row], float32[row]. FloatingPointError if logits are not finite.
-    """
+    float[row vocab] → int[row], float32[row]. FloatingPointError if logits are not finite."""
     logits = logits.float() / (temperature or 1)  # [row vocab]
     if not torch.isfinite(logits).all():
         raise FloatingPointError("the model's logits are not finite")
@@ -281,8 +263,7 @@ def sample_tokens(logits, temperature=1.0, generator=None):
     probs = logits.softmax(dim=-1)  # [row vocab]
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     cumulative /= cumulative[:, -1:].clone()  # [row vocab], ends in exactly 1
-    options = dict(dtype=torch.float64, device=logits.device, generator=generator)
-    uniform = torch.rand(len(logits), 1, **options)  # [row 1], below 1
+    uniform = cumulative.new_empty(len(logits), 1).uniform_(generator=generator)  # [row 1], < 1
     tokens = torch.searchsorted(cumulative, uniform, right=True)  # [row 1]
     return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
 
@@ -296,8 +277,7 @@ class GraphDecoder(DynamicCache):
     """Decoding in fixed shapes, on a GPU as a CUDA graph.
     A token of Qwen2.5-1.5B is a thousand small kernels. Launched one by one from Python they
     took 85 ms on an H100; replayed as a graph, 7. A graph always uses the same memory: there
-    is room for all tokens from the start, and weights may only be changed in place.
-    """
+    is room for all tokens from the start, and weights may only be changed in place."""
 
     model, rows, capacity, forward = None, 0, 0, None
 
@@ -355,55 +335,53 @@ def generate_completions(
     Leaves the model in eval mode. decoder: a GraphDecoder, kept from call to call. Returns
         prompt_ids, prompt_mask          int[row prompt_pos], left-padded
         completion_ids, completion_mask  int[row pos], padded after the end token
-        log_probs                        float32[row pos], of each token as it was sampled
-    """
+        log_probs                        float32[row pos], of each token as it was sampled"""
     eos_token_ids = eos_token_ids or get_eos_token_ids(model, tokenizer)
-    ends = torch.tensor(eos_token_ids, device=model.device)  # [end]
-    prompt_ids, prompt_mask = encode(tokenizer, prompts, device=model.device)
+    prompt_ids, mask = encode(tokenizer, prompts, device=model.device)  # [batch prompt_pos]
     cache = DynamicCache(config=model.config)
-    with_cache = {CACHE: cache, "use_cache": True}
     # (!2) No dropout. And with checkpointing, up to transformers 5.23, train mode switches the
     # cache off: every token but the first would be sampled without its prompt.
     model.eval()
     # Each prompt is read once for its whole group. Positions do not count the padding.
-    positions = (prompt_mask.cumsum(dim=-1) - 1).clamp(min=0)  # [batch prompt_pos]
-    inputs = dict(attention_mask=prompt_mask, position_ids=positions, logits_to_keep=1)
-    logits = model(prompt_ids, **inputs, **with_cache).logits[:, -1]  # [batch vocab]
+    position = (mask.cumsum(dim=-1) - 1).clamp(min=0)  # [batch prompt_pos]
+    options = {CACHE: cache, "use_cache": True, "logits_to_keep": 1}
+    logits = model(prompt_ids, attention_mask=mask, position_ids=position, **options).logits
     cache.batch_repeat_interleave(num_generations)
-    repeat = partial(torch.repeat_interleave, repeats=num_generations, dim=0)  # → [row …]
-    logits, mask = repeat(logits), repeat(prompt_mask)  # [row vocab], [row prompt_pos]
-    position = repeat(positions[:, -1:])  # [row 1]
-    active = torch.arange(len(mask), device=model.device)  # [active]: rows that have not ended
-    shape, pad = (len(mask), max_completion_length), tokenizer.pad_token_id
+    rows = torch.arange(len(mask), device=model.device).repeat_interleave(num_generations)  # [row]
+    prompt_ids, prompt_mask = prompt_ids[rows], mask[rows]  # [row prompt_pos]
+    logits, mask, position = logits[rows, -1], mask[rows], position[rows, -1:]  # [row …]
+    shape, pad = (len(rows), max_completion_length), tokenizer.pad_token_id
     completion_ids = torch.full(shape, pad, device=model.device)  # [row pos]
     log_probs = torch.zeros(shape, device=model.device)  # [row pos]
     if any(cache.is_sliding) or model.config._attn_implementation != "sdpa":
         decoder = None  # its boolean mask works with sdpa only, without sliding windows
     if decoder is not None:
         decoder.start(model, cache, mask, position, max_completion_length)
+    ends = torch.tensor(eos_token_ids, device=model.device)  # [end]
+    ended = torch.zeros(len(rows), dtype=torch.bool, device=model.device)  # [row]
+    active = (~ended).nonzero()[:, 0]  # [active]: rows that have not ended
     for t in range(max_completion_length):
         token, log_prob = sample_tokens(logits, temperature, generator)  # each [active]
         completion_ids[active, t], log_probs[active, t] = token, log_prob
+        ended[active] |= torch.isin(token, ends)
+        if ended.all() or t == max_completion_length - 1:
+            break
         if decoder is not None:  # keeps all rows, until the last has ended
-            if torch.isin(completion_ids[:, : t + 1], ends).any(dim=-1).all():
-                break
             logits = decoder.decode(token)  # [row vocab]
             continue
-        going = (~torch.isin(token, ends)).nonzero()[:, 0]  # indices into active
-        if len(going) == 0 or t == max_completion_length - 1:
-            break
-        if len(going) < len(active):  # rows that have ended are dropped, from the cache too
+        if ended[active].any():  # rows that have ended are dropped, from the cache too
+            going = (~ended[active]).nonzero()[:, 0]  # indices into active
             cache.batch_select_indices(going)
             active, mask, position, token = (x[going] for x in (active, mask, position, token))
         mask, position = F.pad(mask, (0, 1), value=1), position + 1  # [active …], [active 1]
         inputs = dict(attention_mask=mask, position_ids=position)
-        logits = model(token.unsqueeze(-1), **inputs, **with_cache).logits[:, -1]
-    completion_ids, log_probs = completion_ids[:, : t + 1], log_probs[:, : t + 1]  # [row pos]
+        logits = model(token.unsqueeze(-1), **inputs, **options).logits[:, -1]  # [active vocab]
+    completion_ids = completion_ids[:, : t + 1]  # [row pos]
     completion_mask = create_completion_mask(completion_ids, eos_token_ids)  # [row pos]
     # A decoder samples on in rows that have ended: pad them.
-    completion_ids = torch.where(completion_mask == 1, completion_ids, pad)  # [row pos]
-    log_probs = torch.where(completion_mask == 1, log_probs, 0.0)  # [row pos]
-    return repeat(prompt_ids), repeat(prompt_mask), completion_ids, completion_mask, log_probs
+    completion_ids = completion_ids.masked_fill(completion_mask == 0, pad)  # [row pos]
+    log_probs = log_probs[:, : t + 1].masked_fill(completion_mask == 0, 0.0)  # [row pos]
+    return prompt_ids, prompt_mask, completion_ids, completion_mask, log_probs
 
 
 # 4. Advantages ====================================================================================
@@ -417,8 +395,7 @@ ADVANTAGES = Literal[
 
 def compute_advantages(rewards, mode="normalized"):
     """rewards float[batch trial], a line for each group → float32[batch trial]
-    Raises ValueError for an unknown mode, another shape, groups of one, NaN or inf.
-    """
+    Raises ValueError for an unknown mode, another shape, groups of one, NaN or inf."""
     if rewards.dim() != 2 or rewards.shape[1] < 2 or not rewards.isfinite().all():
         raise ValueError(f"rewards must be [batch trial ≥ 2] and finite, not {rewards}")
     rewards = rewards.float()
@@ -444,25 +421,20 @@ def compute_process_advantages(step_rewards, completion_mask, num_generations=No
     The rewards of all steps of a group are normalised together. A token's advantage is the sum
     of those of its own and all later steps. (So a model is also paid for padding its reasoning.)
     step_rewards: a list of (end token index, reward) for each row; completion_mask int[row pos];
-    num_generations: rows of a group, None for all → float32[row pos]
-    """
+    num_generations: rows of a group, None for all → float32[row pos]"""
     (rows, width), size = completion_mask.shape, num_generations or len(completion_mask)
-    steps = [step for row in step_rewards for step in row]
+    steps = [(row, *step) for row, found in enumerate(step_rewards) for step in found]
     fits = len(step_rewards) == rows and rows % size == 0
-    if not fits or not all(end < width and math.isfinite(reward) for end, reward in steps):
-        raise ValueError(
-            f"step_rewards do not fit {rows} rows of {width} tokens, or are not finite"
-        )
+    if not fits or not all(end < width and math.isfinite(reward) for _, end, reward in steps):
+        raise ValueError(f"not {rows} rows of finite rewards at tokens below {width}")
     advantages = torch.zeros(completion_mask.shape)  # [row pos]
-    for first in range(0, rows, size):
-        group = range(first, first + size)
-        rewards = torch.tensor([float(reward) for row in group for _, reward in step_rewards[row]])
-        if len(rewards) < 2 or rewards.max() == rewards.min():  # [step], of the whole group
-            continue
-        mean, std = rewards.mean().item(), rewards.std().item()
-        for row in group:
-            for end, reward in step_rewards[row]:
-                advantages[row, : end + 1] += (reward - mean) / (std + 1e-4)
+    for _, group in itertools.groupby(steps, key=lambda step: step[0] // size):
+        group = list(group)
+        rewards = torch.tensor([float(reward) for *_, reward in group])  # [step], of the group
+        if rewards.max() > rewards.min():
+            normalized = (rewards - rewards.mean()) / (rewards.std() + 1e-4)  # [step]
+            for (row, end, _), advantage in zip(group, normalized):
+                advantages[row, : end + 1] += advantage
     return advantages.to(completion_mask.device) * completion_mask
 
 
@@ -494,8 +466,7 @@ def score_tokens(model, hidden, tokens, temperature=1.0, chunk=512):
 
 def compute_log_probs(model, input_ids, attention_mask, logits_to_keep, temperature=1.0, chunk=512):
     """log π of the last logits_to_keep tokens of int[row pos] → float32[row logits_to_keep]
-    model: of transformers, not wrapped, accepted by check_model
-    """
+    model: of transformers, not wrapped, accepted by check_model"""
     if not 0 < logits_to_keep < input_ids.shape[1]:
         raise ValueError(f"logits_to_keep {logits_to_keep} of {input_ids.shape[1]} tokens")
     positions = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)  # [row pos]
@@ -511,8 +482,7 @@ def compute_log_probs(model, input_ids, attention_mask, logits_to_keep, temperat
 def compute_group_log_probs(model, prompt_ids, completion_ids, mask, temperature=1.0, chunk=512):
     """The same for completions of one prompt, 0 for padding: int[prompt_pos], int[row pos], mask
     [row pos] → float32[row pos]. The prompt is read once, into a cache that keeps its graph: the
-    gradients of all rows meet there.
-    """
+    gradients of all rows meet there."""
     rows, width = completion_ids.shape
     cache, real = DynamicCache(config=model.config), mask == 1
     # Windows and recurrent states can't be repeated with their gradients, and checkpointing
@@ -536,8 +506,7 @@ def compute_group_log_probs(model, prompt_ids, completion_ids, mask, temperature
 @torch.no_grad()
 def check_model(model):
     """ValueError if logits are not head(hidden), as they are taken to be here. Gemma 2 caps them,
-    Granite scales them: other probabilities would be trained than are sampled from.
-    """
+    Granite scales them: other probabilities would be trained than are sampled from."""
     ids, seen = torch.arange(8, device=model.device)[None], {}  # [1 8], any tokens
     hook = model.get_output_embeddings().register_forward_hook(
         lambda module, inputs, output: seen.update(hidden=inputs[0], logits=output)
@@ -572,25 +541,20 @@ def grpo_loss(
     num_items=None, num_rows=None,
 ):  # fmt: skip
     """The loss to minimise and what to log of it → (scalar, dict of detached scalars)
-    log_probs, old_log_probs, ref_log_probs float32[row pos], the last may be None if beta is 0;
-    advantages float[row] or [row pos]; completion_mask [row pos], 0 for padding; epsilon_high
-    None: epsilon; max_completion_length: dr_grpo's constant. If the rows are part of a batch (a
-    micro-batch, a process), num_items and num_rows are the completion tokens and completions of
-    all of it: then losses and gradients of the parts add up. Logged are means over tokens: ratio,
-    kl, and the shares whose gradient (in cispo: whose weight) was cut, clip_fraction_low, _high.
-    """
+    All tensors are [row pos], the mask 0 for padding; advantages may be [row], ref_log_probs None
+    if beta is 0. epsilon_high None: epsilon; max_completion_length: dr_grpo's constant. For parts
+    of a batch (micro-batches, processes) num_items and num_rows are the completion tokens and
+    completions of all of it: then losses and gradients of the parts add up. Logged are means over
+    tokens: ratio, kl, and the shares that were clipped, clip_fraction_low and _high."""
     level = importance_sampling_level
     for x, known in (loss_type, LOSS_TYPES), (level, RATIO_LEVELS), (kl_estimator, KL_ESTIMATORS):
         if x not in known.__args__ or x == "dr_grpo" and not max_completion_length:
-            raise ValueError(
-                f"{x!r} is not one of {known.__args__}, or lacks max_completion_length"
-            )
+            raise ValueError(f"{x!r}: not of {known.__args__}, or max_completion_length is None")
     if advantages.shape == log_probs.shape[:1]:
         advantages = advantages.unsqueeze(-1).expand_as(log_probs)  # [row pos]
-    tensors = [log_probs, old_log_probs, advantages, completion_mask]
-    shapes = [x if x is None else x.shape for x in tensors + [ref_log_probs] * (beta != 0)]
-    if log_probs.dim() != 2 or len(set(shapes)) > 1:
-        raise ValueError(f"all tensors must be [row pos], not {shapes}")
+    tensors = (old_log_probs, advantages, completion_mask, *([ref_log_probs] if beta else []))
+    if any(x is None or x.shape != log_probs.shape for x in tensors) or log_probs.dim() != 2:
+        raise ValueError(f"all tensors must be [row pos], as log_probs: {list(log_probs.shape)}")
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
     mask, padding = completion_mask.to(log_probs.dtype), completion_mask == 0  # [row pos]
     row_tokens = mask.sum(dim=-1, keepdim=True).clamp(min=1)  # [row 1]
@@ -655,7 +619,6 @@ gradient at log π of each of a completion's n tokens is −Â / (4 n): only the
 
 
 def setting(default, text):
-    """A field of Settings, with the help of its flag."""
     return field(default=default, metadata={"help": text})
 
 
@@ -701,7 +664,7 @@ class Settings:
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto needs a GPU")
 
 
-def check_settings(settings, num_problems):
+def check_settings(settings, num_problems=math.inf):
     """Raise ValueError for what would fail late, or silently train on the wrong thing."""
     least = dict(num_generations=2, eval_every=0, seed=0, eval_examples=int(settings.eval_only))
     for name, value in asdict(settings).items():
@@ -726,9 +689,9 @@ def check_settings(settings, num_problems):
 def wilson_interval(successes, n, z=1.959964):
     """95 % confidence interval of a success rate → (low, high). Wilson 1927."""
     rate, shrink = successes / n, 1 + z * z / n
-    half = z * math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
-    centre = rate + z * z / (2 * n)
-    return max((centre - half) / shrink, 0.0), min((centre + half) / shrink, 1.0)
+    centre = (rate + z * z / (2 * n)) / shrink
+    half = z * math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2) / shrink
+    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def evaluate_model(
@@ -737,8 +700,7 @@ def evaluate_model(
 ):  # fmt: skip
     """Greedy accuracy on problems as of load_problems → dict: examples, strict and its interval
     strict_low, strict_high, lenient, format (share with all tags), finished_fraction,
-    mean_length. save_to: a path for all completions, as JSONL
-    """
+    mean_length. save_to: a path for all completions, as JSONL"""
     ends, rows = get_eos_token_ids(model, tokenizer), []
     mine = sorted(problems[RANK::WORLD_SIZE], key=lambda problem: len(problem["question"]))
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
@@ -748,17 +710,17 @@ def evaluate_model(
             model, tokenizer, prompts, 1, max_completion_length, temperature=0, decoder=decoder
         )
         for problem, ids, mask in zip(batch, completion_ids, completion_mask):
-            tokens, gold = ids[: mask.sum()].tolist(), parse_number(problem["answer"])
+            tokens, gold = ids[mask == 1].tolist(), parse_number(problem["answer"])
             text = decode_tokens(tokenizer, tokens, ends)
             strict = checked_rewards(correctness_reward, [text], [problem["answer"]])[0] > 0
             number = parse_number(extract_answer_from_model_output(text) or "")
             lenient = strict or (number is None and gold is not None and last_number(text) == gold)
-            row = {**problem, "completion": text, "strict": strict, "lenient": lenient}
-            row |= {"format": all(tag in text for tag in TAGS), "mean_length": len(tokens)}
-            rows.append(row | {"finished_fraction": tokens[-1] in ends})
+            row = dict(strict=strict, lenient=lenient, format=all(tag in text for tag in TAGS))
+            row |= dict(finished_fraction=tokens[-1] in ends, mean_length=len(tokens))
+            rows.append({**problem, "completion": text, **row})
     rows, n = gather_lists(rows), len(problems)
     if save_to and RANK == 0:
-        Path(save_to).write_text("".join(json.dumps(x) + "\n" for x in rows), encoding="utf-8")
+        write_lines(save_to, rows)
     names = ("strict", "lenient", "format", "finished_fraction", "mean_length")
     result = {"examples": n} | {name: sum(row[name] for row in rows) / n for name in names}
     result["strict_low"], result["strict_high"] = wilson_interval(result["strict"] * n, n)
@@ -780,23 +742,23 @@ def step_indices(step, batch_size, num_problems, seed):
 
 def collect_rollout(model, tokenizer, problems, settings, generator, decoder=None):
     """Sample a group for each problem of this process, reward it, compare it → (micro-batches,
-    a dict for metrics.jsonl, of all processes; a sample to look at)
-    """
+    a dict for metrics.jsonl, of all processes; a sample to look at)"""
     G, ends = settings.num_generations, get_eos_token_ids(model, tokenizer)
     prompts = [build_prompt(p["question"], tokenizer, settings.example_turn) for p in problems]
-    length, temperature = settings.max_completion_length, settings.temperature
     sampled = generate_completions(
-        model, tokenizer, prompts, G, length, temperature, ends, generator, decoder
-    )
+        model, tokenizer, prompts, G, settings.max_completion_length,
+        settings.temperature, ends, generator, decoder,
+    )  # fmt: skip
     _, _, completion_ids, completion_mask, log_probs = sampled
-    lengths = completion_mask.sum(dim=-1).tolist()  # [row]
-    tokens = [ids[:n].tolist() for ids, n in zip(completion_ids, lengths)]
+    tokens = [ids[mask == 1].tolist() for ids, mask in zip(completion_ids, completion_mask)]
     texts = [decode_tokens(tokenizer, row, ends) for row in tokens]
     answers = [problem["answer"] for problem in problems for _ in range(G)]
-    correctness = checked_rewards(correctness_reward, texts, answers)
-    form = checked_rewards(format_reward, texts)
-    combined = checked_rewards(combined_reward, texts, answers)
-    rewards = dict(combined=combined, correctness=correctness, format=form)[settings.reward]
+    scores = dict(
+        combined=checked_rewards(combined_reward, texts, answers),
+        correctness=checked_rewards(correctness_reward, texts, answers),
+        format=checked_rewards(format_reward, texts),
+    )
+    rewards = scores[settings.reward]
     if settings.supervision == "process":
         steps = [step_rewards(text, answer) for text, answer in zip(texts, answers)]
         steps = [locate_steps(x, row, tokenizer, ends) for x, row in zip(steps, tokens)]
@@ -807,20 +769,23 @@ def collect_rollout(model, tokenizer, problems, settings, generator, decoder=Non
         own = my_share(compute_advantages(everyone, settings.advantage))  # this process's groups
         advantages = own.reshape(-1, 1).to(model.device) * completion_mask  # [row pos]
 
-    rows = {"reward_mean": rewards, "correctness": correctness, "format": form}
-    rows["accuracy"] = [score >= FULL_MARKS for score in correctness]
-    rows["completion_length"] = lengths
-    rows["finished_fraction"] = [row[-1] in ends for row in tokens]
-    rows["entropy"] = (-log_probs.sum(dim=-1)).tolist()
-    rows["silent"] = (advantages == 0).all(dim=-1).tolist()
-    # of all processes: float64[batch trial]
+    rows = {
+        "reward_mean": rewards,
+        "correctness": scores["correctness"],
+        "format": scores["format"],
+        "accuracy": [score >= FULL_MARKS for score in scores["correctness"]],
+        "completion_length": [len(row) for row in tokens],
+        "finished_fraction": [row[-1] in ends for row in tokens],
+        "entropy": (-log_probs.sum(dim=-1)).tolist(),
+        "silent": (advantages == 0).all(dim=-1).tolist(),
+    }  # then of all processes, as float64[batch trial]
     rows = {k: torch.tensor(gather_lists(x)).double().view(-1, G) for k, x in rows.items()}
-    record = {name: x.mean().item() for name, x in rows.items() if name != "silent"}
+    silent = rows.pop("silent")
+    record = {name: x.mean().item() for name, x in rows.items()}
     record["entropy"] /= record["completion_length"]
     record["reward_std"] = rows["reward_mean"].std(dim=-1).mean().item()
-    record["zero_std_groups"] = int(rows["silent"].all(dim=-1).sum())
-    record["num_rows"] = rows["silent"].numel()
-    record["num_items"] = int(rows["completion_length"].sum())
+    record["zero_std_groups"] = int(silent.all(dim=-1).sum())
+    record |= {"num_rows": silent.numel(), "num_items": int(rows["completion_length"].sum())}
     # of the first group the best and the worst, with the advantage of their first token
     graded = sorted(zip(rewards[:G], texts[:G], advantages[:G, 0].tolist()))
     shown = [dict(reward=r, text=x, advantage=a) for r, x, a in (graded[-1], graded[0])]
@@ -831,9 +796,8 @@ def collect_rollout(model, tokenizer, problems, settings, generator, decoder=Non
 
 
 def make_micro_batches(sampled, advantages, num_generations, micro_batch_size, keep_silent):
-    """What generate_completions returns, and advantages float[row pos] → list of dicts, each of one
-    prompt: prompt_ids int[prompt_pos]; completion_ids, mask, sampled (log π), advantages [row pos]
-    """
+    """From what generate_completions returns and advantages [row pos] → list of dicts, for one prompt
+    each: prompt_ids int[prompt_pos]; completion_ids, mask, sampled (log π), advantages [row pos]"""
     prompt_ids, prompt_mask, completion_ids, completion_mask, log_probs = sampled
     columns = dict(completion_ids=completion_ids, mask=completion_mask)
     columns |= dict(sampled=log_probs, advantages=advantages)
@@ -851,19 +815,18 @@ def make_micro_batches(sampled, advantages, num_generations, micro_batch_size, k
 
 def update_policy(model, reference, optimizer, batches, settings, num_rows, num_items):
     """µ gradient steps on one rollout → dict of what to log. num_rows and num_items are those of
-    the whole step, silent rows included: so micro-batches and processes change nothing.
-    """
+    the whole step, silent rows included: so micro-batches and processes change nothing."""
     if settings.gradient_checkpointing:
         switch_on_checkpointing(model)
-    names = "epsilon epsilon_high beta loss_type importance_sampling_level kl_estimator "
-    names = (names + "max_completion_length").split()
-    options = {name: getattr(settings, name) for name in names}
-    scored = sum(gather_lists([batch["mask"].sum().item() for batch in batches]))  # tokens
-    weights = optimizer.param_groups[0]["params"]
-    totals = dict(loss=0.0, kl=0.0, clip_fraction=0.0, logprob_gap=0.0)  # of this process
-    norms = []
+    names = "epsilon epsilon_high beta loss_type importance_sampling_level kl_estimator"
+    options = {name: getattr(settings, name) for name in names.split()}
+    options |= dict(max_completion_length=settings.max_completion_length)
+    options |= dict(num_rows=num_rows, num_items=num_items)
+    weights, norms = optimizer.param_groups[0]["params"], []
+    kl = 0.0 if settings.beta else math.nan
+    totals = dict(loss=0.0, kl=kl, clip_fraction=0.0, logprob_gap=0.0, tokens=0)
     # Without any batch there is no update: AdamW's momentum alone would move the weights.
-    for update in range(settings.mu if scored else 0):
+    for update in range(settings.mu if any(gather_lists([bool(batches)])) else 0):
         for batch in batches:
             mask, advantages = batch["mask"], batch["advantages"]  # [row pos]
             inputs = batch["prompt_ids"], batch["completion_ids"], mask, settings.temperature
@@ -878,16 +841,16 @@ def update_policy(model, reference, optimizer, batches, settings, num_rows, num_
             if settings.sampler_cap:  # truncated importance sampling
                 advantages = advantages * gap.exp().clamp(max=settings.sampler_cap)
             loss, metrics = grpo_loss(
-                log_probs, batch["old"], batch["ref"], advantages, mask,
-                num_rows=num_rows, num_items=num_items, **options,
-            )  # fmt: skip
+                log_probs, batch["old"], batch["ref"], advantages, mask, **options
+            )
             loss.backward()
-            share = mask.sum().item() / num_items
+            tokens = mask.sum().item()
+            clipped = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
             totals["loss"] += loss.item()
-            totals["kl"] += share * float(metrics.get("kl", 0))
-            totals["clip_fraction"] += share * metrics["clip_fraction_low"].item()
-            totals["clip_fraction"] += share * metrics["clip_fraction_high"].item()
-            totals["logprob_gap"] += (gap.abs() * mask).sum().item() / scored
+            totals["kl"] += float(metrics.get("kl", 0)) * tokens / num_items
+            totals["clip_fraction"] += clipped.item() * tokens / num_items
+            totals["logprob_gap"] += (gap.abs() * mask).sum().item()
+            totals["tokens"] += tokens
         for weight in weights if WORLD_SIZE > 1 else ():
             if weight.grad is None:  # this process's groups were all silent
                 weight.grad = torch.zeros_like(weight)
@@ -898,8 +861,8 @@ def update_policy(model, reference, optimizer, batches, settings, num_rows, num_
         optimizer.zero_grad()
     parts = gather_lists([totals])  # of all processes
     learned = {name: sum(part[name] for part in parts) / settings.mu for name in totals}
-    learned["kl"] = learned["kl"] if settings.beta else math.nan
-    learned |= {"grad_norm": sum(norms) / settings.mu}
+    learned["logprob_gap"] /= learned.pop("tokens") or 1
+    learned["grad_norm"] = sum(norms) / settings.mu
     learned["skipped_updates"] = sum(not math.isfinite(norm) for norm in norms)
     return {name: x if math.isfinite(x) else None for name, x in learned.items()}  # for JSON
 
@@ -907,21 +870,20 @@ def update_policy(model, reference, optimizer, batches, settings, num_rows, num_
 # What metrics.jsonl says, a line a step, and what is normal:
 #     loss                near 0 from first to last with loss type grpo, outcome supervision and
 #                         µ = 1 (section 6): it does not measure progress
-#     reward_mean, correctness, format   means of the reward and of its two parts; noisy
+#     reward_mean         noisy; correctness and format are its parts, accuracy the full marks
 #     reward_std          mean over groups of the spread within one: what there is to learn from
-#     accuracy            share of completions with full marks for correctness
+#     zero_std_groups     silent groups
 #     kl                  estimate of KL(π ‖ π_ref) of a token; null if β = 0
 #     entropy             −mean log π of the sampled tokens, in nats; near 0 nothing new is tried
 #     logprob_gap         mean |log π as sampled − log π as scored| before the first update: 1e-6
 #                         in float32, 1e-2 in bfloat16; if larger, the two disagree
 #     clip_fraction       share of tokens whose gradient was clipped; 0 if µ = 1
 #     grad_norm           before clipping; this, loss and kl are means over the µ updates
-#     completion_length   mean, in tokens; if always the maximum, the model never stops
-#     finished_fraction   share that ended with an end token
-#     zero_std_groups     silent groups; num_rows, num_items: completions and their tokens
 #     skipped_updates     updates left out because the gradient was not finite
-#     tokens_per_second   num_items over step_seconds, the time of the whole step
+#     completion_length   in tokens; if always the maximum, the model never stops
+#     tokens_per_second   num_items, the tokens of all completions, over step_seconds
 #     peak_memory_bytes   of tensors on the GPU of rank 0 since the start; learning_rate: constant
+#     num_rows            completions
 LOGS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
 
 
@@ -951,19 +913,21 @@ def train_with_grpo(model, tokenizer, train_problems, settings, eval_problems=()
         generator = torch.Generator(model.device).manual_seed(source.getrandbits(63))
         chosen = step_indices(done, settings.batch_size, len(train_problems), settings.seed)
         problems = [train_problems[i] for i in my_share(chosen)]
-        batches, seen, sample = collect_rollout(
+        batches, record, sample = collect_rollout(
             model, tokenizer, problems, settings, generator, decoder
         )
-        sizes = {name: seen[name] for name in ("num_rows", "num_items")}
-        learned = update_policy(model, reference, optimizer, batches, settings, **sizes)
+        record |= update_policy(
+            model, reference, optimizer, batches, settings,
+            num_rows=record["num_rows"], num_items=record["num_items"],
+        )  # fmt: skip
         seconds = time.perf_counter() - started
-        record = {"step": step, **learned, **seen, "learning_rate": settings.learning_rate}
-        record |= {"tokens_per_second": seen["num_items"] / seconds, "step_seconds": seconds}
+        record |= {"tokens_per_second": record["num_items"] / seconds, "step_seconds": seconds}
         record["peak_memory_bytes"] = torch.cuda.max_memory_allocated() or None
-        append_line(out / "metrics.jsonl", record)
+        record["learning_rate"] = settings.learning_rate
+        append_line(out / "metrics.jsonl", {"step": step, **record})
         append_line(out / "samples.jsonl", {"step": step, **sample})
         bar.set_postfix(reward_mean=record["reward_mean"], accuracy=record["accuracy"])
-        comment_on(record, sample)
+        comment_on(step, record, sample)
         skipped_in_a_row = skipped_in_a_row + 1 if record["skipped_updates"] else 0
         if skipped_in_a_row == 3:
             text = f"step {step}: three steps in a row had numbers that are not finite"
@@ -991,12 +955,12 @@ def evaluate_and_log(model, tokenizer, problems, settings, decoder, step):
     append_line(out / "eval.jsonl", {"step": step, "model": settings.model, **result})
 
 
-def comment_on(record, sample):
+def comment_on(step, record, sample):
     """Show a sample now and then, and say what usually goes wrong when it does."""
-    step, completions = record["step"], sample["completions"]
     if step % 10 == 1:
         say(f"\nstep {step}: {sample['question']} (answer: {sample['answer']})")
-        say("\n".join(f"  reward {x['reward']:.1f}: {x['text']!r}" for x in completions))
+        for x in sample["completions"]:
+            say(f"  reward {x['reward']:.1f}: {x['text']!r}")
     if record["reward_std"] == 0:
         say(f"step {step}: rewards are equal within every group")
     if (record["logprob_gap"] or 0) > 0.1:
@@ -1020,15 +984,13 @@ TERM = rf"(?:{NUMBER})%?"
 EQUATION = re.compile(
     rf"(?<![\w.,:^%)+*/√-])({TERM}(?: ?[-+*/] ?{TERM})+) ?= ?(-?{TERM})(?![\w^%]|[.,:/][0-9])"
 )
-MARKUP = (  # (pattern, what it becomes)
-    (
-        r"\*\*|\\[()\[\]$]|[$£€`]|<<.*?>>|^\s*(?:[-*•]|[0-9]+[.)])\s|\b[SDsd](?:tep|ay) [0-9]+ - ",
-        "",
-    ),
-    (r"\\times|\\cdot|(?<=[0-9]) ?[xX×·⋅] ?(?=[0-9])|(?<=%) of (?=[0-9])", "*"),
-    (r"\\div|÷", "/"),
-    (r"[−–]", "-"),
-)
+LABEL = r"^\s*(?:[-*•]|[0-9]+[.)])\s|\b[SDsd](?:tep|ay) [0-9]+ - "
+PLAIN = {  # pattern: what it becomes
+    rf"\*\*|\\[()\[\]$]|[$£€`]|<<.*?>>|{LABEL}": "",
+    r"\\times|\\cdot|(?<=[0-9]) ?[xX×·⋅] ?(?=[0-9])|(?<=%) of (?=[0-9])": "*",
+    r"\\div|÷": "/",
+    r"[−–]": "-",
+}
 BEFORE = re.compile(r"(?:^|[A-Za-z]{2,}|[A-Za-z]{2,} ?=|[,.:;])\s*\(?$")  # a word, a sign, nothing
 CHANGED = re.compile(  # but no word that changes the number: half of 10 + 3 = 8
     r"(?i)\b(?:hal(?:f|ves)|thirds?|quarters?|[a-z]+ths?|percent|twice|double|triple|minus|plus"
@@ -1042,18 +1004,19 @@ AFTER = re.compile(  # the end, a sign, or a word that does not go on with the n
 
 def judge_equation(left, right):
     """'48/2', '24' → True, False, or None where digits may have been cut off"""
-    value = lambda x: Fraction(x.strip("%").replace(",", "")) / (100 if "%" in x else 1)  # noqa: E731
-    tokens = re.findall(rf"[-+*/]|{TERM}", left)
-    total, term = Fraction(0), value(tokens[0])
-    for operator, number in zip(tokens[1::2], map(value, tokens[2::2])):
+    tokens = ["+", *re.findall(rf"[-+*/]|{TERM}", left), "=", right]
+    numbers = [Fraction(x.strip("%").replace(",", "")) for x in tokens[1::2]]
+    numbers = [x / 100 if "%" in text else x for x, text in zip(numbers, tokens[1::2])]
+    shown, total, term = numbers.pop(), Fraction(0), Fraction(0)
+    for operator, number in zip(tokens[::2], numbers):
         if operator == "/" and number == 0:
             return None
         if operator in "+-":
             total, term = total + term, number if operator == "+" else -number
         else:
             term = term * number if operator == "*" else term / number
-    shown, digits = value(right), right.strip("%").partition(".")[2]
-    place = Fraction(1, 10 ** len(digits)) / (100 if "%" in right else 1)  # of the last digit
+    place = Fraction(1, 10 ** len(right.strip("%").partition(".")[2]))  # of the last digit
+    place = place / 100 if "%" in right else place
     off = abs(total + term - shown)
     if "%" in right and "%" not in left:  # 5/20*100 = 25%
         off = min(off, abs((total + term) / 100 - shown))
@@ -1066,17 +1029,14 @@ def judge_equation(left, right):
 def step_rewards(completion, answer):
     """Where each step of a completion ends and its reward → list[(character offset, reward)]
     A step is a line of the reasoning with an equation that is judged: 1.0 if all on it hold,
-    otherwise 0.0. The last step, the answer, is worth half the correctness reward.
-    """
-    begin = completion.find("<reasoning>")
-    begin = 0 if begin < 0 else begin + len("<reasoning>")
-    reasoning = re.split("</reasoning>|<answer>", completion[begin:], maxsplit=1)[0]
-    steps = []
-    for line in re.finditer(r"(?m)^(?=.{1,2000}$).*=.*$", reasoning):
-        end, text = begin + line.end(), line[0]
-        for pattern, plain in MARKUP:
+    otherwise 0.0. The last step, the answer, is worth half the correctness reward."""
+    steps, inside = [], r"(?s)(?:.*?<reasoning>)?(.*?)(?:</reasoning>|<answer>|$)"
+    for line in re.compile(".+").finditer(completion, *re.match(inside, completion).span(1)):
+        end, text, verdicts = line.end(), line[0], []
+        if len(text) > 2000:
+            continue
+        for pattern, plain in PLAIN.items():
             text = re.sub(pattern, plain, text)
-        verdicts = []
         for equation in EQUATION.finditer(text):
             left, right = equation.groups()
             before, after = text[: equation.start()][-60:], text[equation.end() :]
@@ -1085,22 +1045,22 @@ def step_rewards(completion, answer):
             clear = BEFORE.search(before) and not CHANGED.search(before) and AFTER.match(after)
             if clear and not cut and not unclear:
                 verdicts.append(judge_equation(left, right))
-        verdicts = [verdict for verdict in verdicts if verdict is not None]
-        if verdicts:
-            steps.append((end, float(all(verdicts))))
+        if set(verdicts) - {None}:
+            steps.append((end, float(False not in verdicts)))
     return [*steps, (len(completion), correctness_reward([completion], [answer])[0] / 2)]
 
 
 def locate_steps(steps, tokens, tokenizer, eos_token_ids):
     """(character offset, reward) → list[(end token index, reward)], for a list of sampled tokens
     Encoding the text again may split it differently. So each end is searched for, by halving: the
-    shortest prefix of the tokens that decodes to all of the text up to that offset.
-    """
+    shortest prefix of the tokens that decodes to all of the text up to that offset."""
     text, last = decode_tokens(tokenizer, tokens, eos_token_ids), len(tokens) - 1
-    prefix = lambda i: decode_tokens(tokenizer, tokens[: i + 1], eos_token_ids)  # noqa: E731
     found, index = [], 0
     for end, reward in steps[:-1]:
-        reaches = lambda i, end=end: prefix(i)[:end] == text[:end]  # noqa: E731
+
+        def reaches(i, end=end):
+            return decode_tokens(tokenizer, tokens[: i + 1], eos_token_ids)[:end] == text[:end]
+
         index = bisect.bisect_left(range(last), True, lo=index, key=reaches)
         found.append((index, reward))
     return [*found, (last, steps[-1][1])]
@@ -1136,8 +1096,7 @@ def make_optimizer(model, learning_rate, offload=False):
     """AdamW on the float32 weights of a model: its own, or copies, with offload in host memory
     bfloat16 alone hardly learns: near 0.02 its values are 1.2e-4 apart, and steps of 2e-6 are
     rounded away. So AdamW moves float32 copies, the masters. Hooks carry each gradient to its
-    master as soon as it is there, and after a step the masters into the model, in place.
-    """
+    master as soon as it is there, and after a step the masters into the model, in place."""
     weights = masters = list(model.parameters())
     if offload or any(weight.dtype != torch.float32 for weight in weights):
         options = dict(device="cpu" if offload else None, dtype=torch.float32, copy=True)
@@ -1162,8 +1121,7 @@ def make_optimizer(model, learning_rate, offload=False):
 
 def switch_on_checkpointing(model):
     """transformers checkpoints layers in train mode only, which brings dropout and other noise. So
-    just the layers are set to it, not what is inside them, until the next model.eval().
-    """
+    just the layers are set to it, not what is inside them, until the next model.eval()."""
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.training = True
@@ -1179,21 +1137,22 @@ def note_signals():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         say("stopping after this step, with a checkpoint; Ctrl-C ends at once, without")
 
-    signal.signal(signal.SIGINT, note)
-    signal.signal(signal.SIGTERM, note)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
     return caught
 
 
-@contextmanager
-def write_atomically(path):
-    """A temporary path to write a file or folder to: `path` appears whole, or not at all."""
-    temporary = path.with_name("incomplete.tmp")  # one name: what a killed run left is cleared
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    yield temporary
-    if path.is_dir():
-        shutil.rmtree(path)
+def replace_file(path, write):
+    """write(temporary path), then rename: `path` is there whole, or as it was before"""
+    temporary = path.with_name("incomplete.tmp")  # one name, so that a killed run leaves one file
+    write(temporary)
     temporary.replace(path)
+
+
+def write_lines(path, rows):
+    """Rows as JSON lines."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def append_line(path, record):
@@ -1209,8 +1168,7 @@ def start_logs(out, step, settings):
     for path in [out / name for name in LOGS] if RANK == 0 else []:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         kept = [record for record in map(json.loads, lines) if record["step"] <= step]
-        with write_atomically(path) as temporary:
-            temporary.write_text("".join(json.dumps(x) + "\n" for x in kept), encoding="utf-8")
+        write_lines(path, kept)
     ours = [x["step"] for x in kept if x["model"] == settings.model]  # kept: of eval.jsonl
     return gather_lists(ours if settings.resume else [])
 
@@ -1220,10 +1178,10 @@ def save_checkpoint(out, optimizer, reference, step):
     masters = [master.detach() for master in optimizer.param_groups[0]["params"]]
     state = {"step": step, "masters": masters, "optimizer": optimizer.state_dict()}
     state["reference"] = None if reference is None else reference.state_dict()
-    path = out / "checkpoints" / f"step-{step:06d}.pt"
-    with write_atomically(path) as temporary:
-        torch.save(state, temporary)
-    for old in sorted(path.parent.glob("step-*"))[:-2]:  # the last two are kept
+    folder = out / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    replace_file(folder / f"step-{step:06d}.pt", partial(torch.save, state))
+    for old in sorted(folder.glob("step-*"))[:-2]:  # the last two are kept
         old.unlink()
 
 
@@ -1233,16 +1191,14 @@ def load_checkpoint(out, model, optimizer=None, reference=None):
     if not paths:
         return 0
     state = torch.load(paths[-1], map_location="cpu", weights_only=True)
-    weights = [model.parameters()]
+    targets = [*model.parameters()]
     if optimizer is not None:
-        group = optimizer.param_groups[0]
-        learning_rate = group["lr"]  # may be another than before
+        learning_rate = optimizer.param_groups[0]["lr"]  # may be another than before
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = learning_rate
-        weights.append(group["params"])
-    for targets in weights:
-        for weight, saved in zip(targets, state["masters"], strict=True):
-            weight.data.copy_(saved)
+        targets += optimizer.param_groups[0]["params"]
+    for weight, saved in zip(targets, state["masters"] * 2):
+        weight.data.copy_(saved)
     if reference is not None and state["reference"] is not None:
         reference.load_state_dict(state["reference"])
     return state["step"]
@@ -1256,14 +1212,13 @@ def draw_curves(out, model_name):
         return say("matplotlib is not installed, so no curves.png: pip install matplotlib")
     plt.switch_backend("Agg")  # no window
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.2), layout="constrained")
-    panels = {  # title: log and what it shows
-        "reward of the samples": "metrics reward_mean correctness format",
-        "length of the samples, tokens": "metrics completion_length",
-        "nats a token": "metrics entropy kl",
-        "held-out accuracy, greedy": "eval strict lenient strict_low",
+    panels = {
+        "reward of the samples": ("metrics", "reward_mean", "correctness", "format"),
+        "length of the samples, tokens": ("metrics", "completion_length"),
+        "nats a token": ("metrics", "entropy", "kl"),
+        "held-out accuracy, greedy": ("eval", "strict", "lenient", "strict_low"),
     }
-    for axis, (title, content) in zip(axes, panels.items()):
-        log, *names = content.split()
+    for axis, (title, (log, *names)) in zip(axes, panels.items()):
         lines = map(json.loads, (out / f"{log}.jsonl").read_text(encoding="utf-8").splitlines())
         lines = [x for x in lines if x.get("model", model_name) == model_name]
         for name, style in zip(names, ("-", "--", ":")):
@@ -1271,7 +1226,6 @@ def draw_curves(out, model_name):
             axis.plot(*zip(*points), style, label=name) if points else None
         axis.set(title=title, xlabel="step", ylim=(-0.03 * axis.get_ylim()[1], None))  # shows 0
         axis.locator_params(axis="x", integer=True)
-        axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(out / "curves.png", dpi=150)
     plt.close(figure)
@@ -1287,16 +1241,15 @@ REHEARSAL = dict(
     output_dir="runs/rehearsal", num_steps=40, batch_size=32, num_generations=8, beta=0.0,
     max_completion_length=48, learning_rate=5e-5, eval_every=10, save_every=20, device="cpu",
 )  # fmt: skip
-# Operations are applied from left to right: ("…", "+*") is (a + b) · c.
-TEMPLATES = (
-    ("{n} has {a} {t} and gets {b} more. How many {t} does {n} have now?", "+"),
-    ("{n} has {a} bags with {b} {t} in each. How many {t} does {n} have?", "*"),
-    ("There were {a} {t} and then {n} took {b} of them. How many {t} are left?", "-"),
-    ("{n} has {a} {t}, finds {b} and buys {c}. How many {t} does {n} have in all?", "++"),
-    ("{n} fills {a} boxes with {b} {t} each and has {c} left over. How many {t} is that?", "*+"),
-    ("{n} has {a} red and {b} blue {t} and gives away {c}. How many {t} does {n} keep?", "+-"),
-    ("{a} old and {b} new {t} are in each of {c} boxes. How many {t} are there together?", "+*"),
-)
+TEMPLATES = {  # operations are applied from left to right: "+*" is (a + b) · c
+    "{n} has {a} {t} and gets {b} more. How many {t} does {n} have now?": "+",
+    "{n} has {a} bags with {b} {t} in each. How many {t} does {n} have?": "*",
+    "There were {a} {t} and then {n} took {b} of them. How many {t} are left?": "-",
+    "{n} has {a} {t}, finds {b} and buys {c}. How many {t} does {n} have in all?": "++",
+    "{n} fills {a} boxes with {b} {t} each and has {c} left over. How many {t} is that?": "*+",
+    "{n} has {a} red and {b} blue {t} and gives away {c}. How many {t} does {n} keep?": "+-",
+    "{a} old and {b} new {t} are in each of {c} boxes. How many {t} are there together?": "+*",
+}
 NAMES, THINGS = ("Ann", "Ben", "Eva", "Tom"), ("apples", "books", "coins", "pens")
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -1318,31 +1271,30 @@ def make_problems(seed, num_train=4000):
     """→ (training problems, three in ten of them drills, as "What is 7 * 2?"; held-out problems)"""
     rng = random.Random(f"problems {seed}")
 
-    def row(question, steps):
-        return {
-            "question": question,
-            "answer": "\n".join([*steps, f"#### {steps[-1].split()[-1]}"]),
-        }
-
-    def word_problem(text, operations, numbers):
+    def word_problem(text, numbers, steps):
         words = {"n": rng.choice(NAMES), "t": rng.choice(THINGS)} | dict(zip("abc", numbers))
-        return row(text.format(**words), solve(numbers, operations))
+        return {"question": text.format(**words), "answer": answer(steps)}
+
+    def answer(steps):
+        return "\n".join([*steps, f"#### {steps[-1].split()[-1]}"])
 
     shown, unseen, facts = [], [], set()
-    for text, operations in TEMPLATES:
+    for text, operations in TEMPLATES.items():
         every = itertools.product(range(1, 6), repeat=len(operations) + 1)
-        every = [(text, operations, n) for n in every if "= -" not in str(solve(n, operations))]
-        facts |= {step for *_, numbers in every for step in solve(numbers, operations)}
+        every = [(text, numbers, solve(numbers, operations)) for numbers in every]
+        every = [problem for problem in every if "= -" not in str(problem)]
+        facts |= {fact for *_, steps in every for fact in steps}
         rng.shuffle(every)
         cut = round(0.2 * len(every))
         unseen += every[:cut]
         shown.append(every[cut:])
     facts, train = sorted(facts), []
-    for _ in range(num_train):
+    for _ in range(num_train):  # every template equally often
         if rng.random() < 0.3:
             fact = rng.choice(facts)
-            train.append(row(f"What is {fact.partition(' =')[0]}?", [fact]))
-        else:  # every template equally often
+            question = f"What is {fact.partition(' =')[0]}?"
+            train.append({"question": question, "answer": answer([fact])})
+        else:
             train.append(word_problem(*rng.choice(rng.choice(shown))))
     return train, [word_problem(*problem) for problem in unseen for _ in range(2)]
 
@@ -1387,25 +1339,23 @@ def fine_tune(model, tokenizer, problems, num_steps, seed, batch_size=32, learni
 
 
 def make_start(folder, seed, num_steps=1500, device="cpu"):
-    """A model folder, train.jsonl and test.jsonl, made in `folder` unless it is there."""
-    if RANK == 0 and not folder.exists():
-        with write_atomically(folder) as temporary:
-            train, test = make_problems(seed)
-            tokenizer = make_tokenizer([*train, *test])
-            torch.manual_seed(seed)
-            config = transformers.Qwen2Config(
-                vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512,
-                num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                tie_word_embeddings=True, max_position_embeddings=256, bos_token_id=None,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-            )  # fmt: skip
-            model = transformers.Qwen2ForCausalLM(config).to(device)
-            fine_tune(model, tokenizer, train, num_steps, seed)
-            model.save_pretrained(temporary / "model")
-            tokenizer.save_pretrained(temporary / "model")
-            for name, rows in (("train.jsonl", train), ("test.jsonl", test)):
-                text = "".join(json.dumps(row) + "\n" for row in rows)
-                (temporary / name).write_text(text, encoding="utf-8")
+    """A model folder, train.jsonl and test.jsonl in `folder`, unless they are there."""
+    if RANK == 0 and not (folder / "test.jsonl").exists():
+        train, test = make_problems(seed)
+        tokenizer = make_tokenizer([*train, *test])
+        torch.manual_seed(seed)
+        config = transformers.Qwen2Config(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            tie_word_embeddings=True, max_position_embeddings=256, bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        model = transformers.Qwen2ForCausalLM(config).to(device)
+        fine_tune(model, tokenizer, train, num_steps, seed)
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        write_lines(folder / "train.jsonl", train)
+        write_lines(folder / "test.jsonl", test)  # last: it says that all is there
     gather_lists([])  # wait for rank 0
 
 
@@ -1415,8 +1365,7 @@ FIXED = ("model", "train_file", "batch_size", "seed")  # they decide which probl
 
 def parse_settings(parser, argv):
     """The command line as Settings. --rehearsal brings other defaults; so does the config.json of
-    --output-dir, with --resume, and for an evaluation of its final/.
-    """
+    --output-dir, with --resume, and for an evaluation of its final/."""
     args = parser.parse_args(argv)
     if args.rehearsal:
         parser.set_defaults(**REHEARSAL)
@@ -1438,6 +1387,27 @@ def parse_settings(parser, argv):
     elif config.exists() and not args.eval_only and RANK == 0:
         parser.error(f"{out} already holds a run: --resume it, or choose --output-dir")
     return Settings(**vars(args))
+
+
+def load_data(settings):
+    """→ (training problems, evaluation problems); without --eval-file the last training rows"""
+    if settings.rehearsal:
+        start = Path(settings.output_dir) / "start"
+        make_start(start, settings.seed, device=settings.device.replace("auto", "cuda"))
+        if settings.model == Settings.model:
+            settings.model = str(start / "model")
+        settings.train_file = settings.train_file or str(start / "train.jsonl")
+        settings.eval_file = settings.eval_file or str(start / "test.jsonl")
+    if settings.eval_file or not settings.train_file:
+        test = load_problems(settings.eval_file, "test")
+        train = [] if settings.eval_only else load_problems(settings.train_file, "train")
+    else:  # a tenth, and no more than GSM8K's own test set has
+        problems = load_problems(settings.train_file)
+        cut = len(problems) - min(max(len(problems) // 10, 1), 1319)
+        train, test = problems[:cut], problems[cut:]
+        say(f"no --eval-file: the last {len(test)} training rows are held out instead")
+    check_settings(settings, math.inf if settings.eval_only else len(train))
+    return train, test[: settings.eval_examples]
 
 
 def load_model(settings):
@@ -1468,43 +1438,6 @@ def load_model(settings):
     return model, tokenizer
 
 
-def prepare(settings):
-    """Check, then load → (model, tokenizer, training and evaluation rows). Raises ValueError and
-    OSError for what the user can mend.
-    """
-    check_settings(settings, math.inf)
-    out = Path(settings.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    if WORLD_SIZE > 1:
-        # gloo for counts and flags, so that nobody waits for a checkpoint inside NCCL
-        dist.init_process_group("gloo" if settings.device == "cpu" else "cpu:gloo,cuda:nccl")
-    if settings.rehearsal:
-        say(f"{EXAMPLE}\n")
-        make_start(out / "start", settings.seed, device=settings.device.replace("auto", "cuda"))
-        if settings.model == Settings.model:
-            settings.model = str(out / "start/model")
-        settings.train_file = settings.train_file or str(out / "start/train.jsonl")
-        settings.eval_file = settings.eval_file or str(out / "start/test.jsonl")
-    separate = settings.eval_file or not settings.train_file  # the evaluation has its own data
-    unused = settings.eval_only and separate
-    train = [] if unused else load_problems(settings.train_file, "train")
-    if separate:
-        test = load_problems(settings.eval_file, "test")
-    else:  # a tenth, and no more than GSM8K's own test set has
-        cut = len(train) - min(max(len(train) // 10, 1), 1319)
-        train, test = train[:cut], train[cut:]
-        say(f"no --eval-file: the last {len(test)} training rows are held out instead")
-    test = test[: settings.eval_examples]
-    check_settings(settings, math.inf if settings.eval_only else len(train))
-    model, tokenizer = load_model(settings)
-    prompts = [build_prompt(p["question"], tokenizer, settings.example_turn) for p in train + test]
-    longest = max(map(len, tokenizer(prompts, add_special_tokens=False)["input_ids"]))
-    room = getattr(model.config, "max_position_embeddings", math.inf) - longest
-    if settings.max_completion_length > room:
-        raise ValueError(f"--max-completion-length: the longest prompt leaves {room} tokens for it")
-    return model, tokenizer, train, test
-
-
 def run(settings, model, tokenizer, train_problems, eval_problems):
     """Train and save, or only evaluate. → exit status"""
     out, notes = Path(settings.output_dir), Path(settings.model) / "grpo.json"
@@ -1514,10 +1447,15 @@ def run(settings, model, tokenizer, train_problems, eval_problems):
         step = load_checkpoint(out, model) if settings.resume else step
         evaluate_and_log(model, tokenizer, eval_problems, settings, decoder, step)
         return 0
-    gpu = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
-    config = {"torch": torch.__version__, "transformers": transformers.__version__, "device": gpu}
-    config |= {"dtype": str(model.dtype), "processes": WORLD_SIZE}
-    config |= {"parameters": model.num_parameters(), "training problems": len(train_problems)}
+    config = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
+        "dtype": str(model.dtype),
+        "processes": WORLD_SIZE,
+        "parameters": model.num_parameters(),
+        "training problems": len(train_problems),
+    }
     say(", ".join(f"{name} {value}" for name, value in config.items()))
     # float32 weights and AdamW's two moments; the reference in the model's precision
     size = 12 * config["parameters"] + model.get_memory_footprint() * (settings.beta > 0)
@@ -1525,15 +1463,14 @@ def run(settings, model, tokenizer, train_problems, eval_problems):
     say(f"checkpoints: {size / 1e9:.2f} GB each, at most 3 at a time; {free:.0f} GB free in {out}")
     if RANK == 0:  # "x" fails if another run has begun here meanwhile
         with open(out / "config.json", "w" if settings.resume else "x", encoding="utf-8") as file:
-            file.write(json.dumps(config | {"settings": asdict(settings)}, indent=2) + "\n")
+            json.dump(config | {"settings": asdict(settings)}, file, indent=2)
     stopped = train_with_grpo(model, tokenizer, train_problems, settings, eval_problems, decoder)
     if RANK == 0 and not stopped:
-        with write_atomically(out / "final") as temporary:
-            model.save_pretrained(temporary)  # in the precision that was evaluated
-            tokenizer.save_pretrained(temporary)
-            total = settings.num_iterations * settings.num_steps
-            trained = {"step": total, "system_prompt": SYSTEM_PROMPT, "settings": asdict(settings)}
-            (temporary / "grpo.json").write_text(json.dumps(trained, indent=2), encoding="utf-8")
+        final, total = out / "final", settings.num_iterations * settings.num_steps
+        model.save_pretrained(final)  # in the precision that was evaluated
+        tokenizer.save_pretrained(final)
+        trained = {"step": total, "system_prompt": SYSTEM_PROMPT, "settings": asdict(settings)}
+        (final / "grpo.json").write_text(json.dumps(trained, indent=2), encoding="utf-8")
         draw_curves(out, settings.model)
         say(f"{out} holds final/ (model and tokenizer), metrics, evaluations, samples, curves")
     return 128 + stopped if stopped else 0
@@ -1554,10 +1491,19 @@ def main(argv=None):
     settings = parse_settings(parser, sys.argv[1:] if argv is None else argv)
     try:
         try:
-            job = prepare(settings)
+            check_settings(settings)
+            Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
+            if WORLD_SIZE > 1:  # gloo for counts and flags: nobody waits for a checkpoint in NCCL
+                dist.init_process_group(
+                    "gloo" if settings.device == "cpu" else "cpu:gloo,cuda:nccl"
+                )
+            if settings.rehearsal:
+                say(f"{EXAMPLE}\n")
+            problems = load_data(settings)
+            model = load_model(settings)
         except (ValueError, OSError) as error:
             fail(error)
-        status = run(settings, *job)
+        status = run(settings, *model, *problems)
     except FileExistsError as error:  # config.json: another run has begun meanwhile
         fail(f"{error.filename}: this folder already holds a run, choose --output-dir")
     except (RuntimeError, MemoryError) as error:

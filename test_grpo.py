@@ -1581,14 +1581,13 @@ def test_a_gpu_without_bfloat16_computes_in_float32(start_folder, monkeypatch, c
 
 def test_the_second_of_two_runs_in_a_folder_is_refused(start_folder, tmp_path, monkeypatch, capsys):
     """Both have passed the first look at the folder."""
-    begin = gsm.prepare
+    begin = gsm.load_model
 
     def slowly(settings):
-        job = begin(settings)
         (tmp_path / "config.json").write_text("of the other run")
-        return job
+        return begin(settings)
 
-    monkeypatch.setattr(gsm, "prepare", slowly)
+    monkeypatch.setattr(gsm, "load_model", slowly)
     status, line = refused(flags(start_folder, tmp_path), capsys)
     assert status == 2 and "already holds a run" in line
     assert (tmp_path / "config.json").read_text() == "of the other run"
@@ -2745,11 +2744,11 @@ def test_torchrun_trains_evaluates_and_saves_once(start_folder, tmp_path):
     for name, steps in (("metrics", [1, 2]), ("samples", [1, 2]), ("eval", [0, 2])):
         assert read(tmp_path / f"{name}.jsonl", "step") == steps
     settings = gsm.Settings(**config["settings"] | dict(eval_file=None, eval_examples=None))
-    train, test = gsm.prepare(settings)[2:]
+    train, test = gsm.load_data(settings)
     assert (len(train), len(test)) == (54, 6)  # without --eval-file a tenth is held out
     settings = gsm.Settings(**config["settings"])
-    model, tokenizer, _, test = gsm.prepare(settings)
-    alone = gsm.evaluate_model(model, tokenizer, test, 16)
+    _, test = gsm.load_data(settings)
+    alone = gsm.evaluate_model(*gsm.load_model(settings), test, 16)
     first = {"step": 0, "model": settings.model, **alone}
     assert read(tmp_path / "eval.jsonl")[0] == first and alone["examples"] == 5
 
