@@ -427,11 +427,11 @@ def measure_epoch(losses, rewards, prompts, model, ref_model):
     return measured
 
 
-def mean_and_interval(values):
+def mean_and_interval(values, scale=1):
     """float[… run] → mean, half its 95 % interval: Student's t, to 0.5 % from 8 runs up"""
-    v, values = max(values.shape[-1] - 1, 1), values.double()
+    v, values = max(values.shape[-1] - 1, 1), values.double().round(decimals=6)
     t = 1.96 + 2.37 / v + 2.8 / v**2
-    return values.mean(dim=-1), t * values.std(dim=-1, correction=0) / v**0.5
+    return scale * values.mean(dim=-1), scale * t * values.std(dim=-1, correction=0) / v**0.5
 
 
 def run_policy_gradient(
@@ -504,6 +504,10 @@ def run_policy_gradient(
     exact_match = sorts_greedily(prompts, model).float().mean(dim=-1)  # [run]
     found = dict(model=model, prompts=prompts, records=records, curves=curves)
     return SimpleNamespace(**found, exact_match=exact_match)
+
+
+# Settings as sorted items, so that equal ones are trained once.
+train = functools.cache(lambda *settings: run_policy_gradient(**dict(settings)))
 
 
 def show_epoch(record, prompts, responses, rewards, deltas, log_probs, count=None):
@@ -591,7 +595,6 @@ def deltas_and_returns(mode, prompts, responses, rewards, critic, gamma, lam):
 
 
 # 11. What a plain run shows (the algorithm ends here) ========================
-train = functools.cache(lambda *settings: run_policy_gradient(**dict(settings)))
 
 
 def train_table(title, rows):
@@ -604,7 +607,7 @@ def train_table(title, rows):
         results[label] = settings, result
         solved = result.curves["batch_exact_match"] == 1  # bool[epoch run]
         first = ((solved.cumsum(dim=0) == 0).sum(dim=0) + 1).clamp(max=len(solved))  # [run]
-        percent = "{:.1f} ± {:.1f}".format(*mean_and_interval(100 * result.exact_match))
+        percent = "{:.1f} ± {:.1f}".format(*mean_and_interval(result.exact_match, 100))
         epochs = "{:.1f} ± {:.1f}".format(*mean_and_interval(first))
         runs = f"{(result.exact_match == 1).sum()} of {len(first)}"
         tqdm.write(line.format(label, percent, runs, epochs if solved.any() else "never"))
@@ -617,8 +620,9 @@ def train_matrix(title, base):
     for deltas in tqdm(SETTINGS["deltas_mode"][0], leave=False, disable=None):
         losses, width = (LOSSES, 11) if deltas in DELTAS else (("clipped",), 33)
         rows = [base | dict(deltas_mode=deltas, loss_mode=loss) for loss in losses]
-        exact = [100 * train(*sorted(row.items())).exact_match.mean() for row in rows]
-        tqdm.write(f"{deltas:20}" + "".join(f"{x:{width}.1f}" for x in exact))
+        exact = [train(*sorted(row.items())).exact_match for row in rows]
+        exact = [f"{mean_and_interval(x, 100)[0]:{width}.1f}" for x in exact]
+        tqdm.write(f"{deltas:20}" + "".join(exact))
 
 
 def draw_curves(results, out):
@@ -631,7 +635,7 @@ def draw_curves(results, out):
         best = reward_fn(result.prompts, result.prompts.sort(dim=-1).values.unsqueeze(-2))
         scales = dict(mean_reward=100 / best.mean(), batch_exact_match=100, loss=1)
         for axis, (name, scale) in zip(axes, scales.items()):
-            mean, half = mean_and_interval(scale * result.curves[name])  # each [epoch]
+            mean, half = mean_and_interval(result.curves[name], scale)  # each [epoch]
             axis.plot(mean, label=label)
             axis.fill_between(range(len(mean)), mean - half, mean + half, alpha=0.2, lw=0)
     axes[0].set(title="mean reward, % of maximum", xlabel="epoch")
