@@ -880,7 +880,7 @@ def update_policy(model, reference, optimizer, batches, settings, num_rows, num_
 #     clip_fraction       share of tokens whose gradient was clipped; 0 if µ = 1
 #     grad_norm           before clipping; this, loss and kl are means over the µ updates
 #     skipped_updates     updates left out because the gradient was not finite
-#     completion_length   in tokens; if always the maximum, the model never stops
+#     finished_fraction   share that stopped by itself before the maximum; completion_length: tokens
 #     tokens_per_second   num_items, the tokens of all completions, over step_seconds
 #     peak_memory_bytes   of tensors on the GPU of rank 0 since the start; learning_rate: constant
 #     num_rows            completions

@@ -3,7 +3,7 @@
 
 Each test says which mistake it guards against. What is expected is worked out by hand, by plain
 Python loops, by enumeration of all responses or by finite differences, not by the code under test.
-Tests named test_erratum_N prove row N of the errata table in README.md.
+Tests named test_erratum_N prove row N of the README's table of common mistakes.
 """
 
 import ast
@@ -19,7 +19,6 @@ import multiprocessing.dummy
 import os
 import random
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -95,12 +94,6 @@ def test_rewards_agree_with_plain_python_on_every_response():
         assert reward(torch.tensor(prompts), runs[:, None].expand(5, 4, 25, 3)).tolist() == wanted
 
 
-def test_erratum_5_a_wrong_answer_gets_the_full_inclusion_ordering_reward():
-    prompts, responses = torch.tensor([[1, 1, 2]]), torch.tensor([[[1, 1, 2], [1, 2, 2]]])
-    assert gs.sort_inclusion_ordering_reward(prompts, responses).tolist() == [[5.0, 5.0]]
-    assert gs.exact_sort_reward(prompts, responses).tolist() == [[1.0, 0.0]]
-
-
 def test_the_model_is_the_formula_in_its_comment():
     model = make_model().double()
     E, A, B = model.embedding, model.encode_weights, model.decode_weights
@@ -118,16 +111,6 @@ def test_samples_come_from_the_softmax_of_the_logits():
     # Positions are drawn independently: joint frequencies are products.
     joint = (responses[0, :, :2] == torch.tensor([1, 2])).all(dim=-1).float().mean()
     assert abs(joint - probs[0, 0, 1] * probs[0, 1, 2]) < 0.01
-
-
-def test_sorting_greedily_takes_the_likeliest_token_everywhere():
-    # A sum or a mean over the positions would call a response right that is so in part.
-    model = learn(prompts=EVERYTHING, num_epochs=5, num_runs=2).model  # half-trained
-    found = gs.sorts_greedily(EVERYTHING, model).tolist()
-    for run, logits in enumerate(model(EVERYTHING).tolist()):  # [prompt][pos][vocab]
-        likeliest = [[row.index(max(row)) for row in rows] for rows in logits]
-        assert found[run] == [r == sorted(p) for r, p in zip(likeliest, EVERYTHING.tolist())]
-        assert 0 < sum(found[run]) < 125
 
 
 def test_log_probs_are_those_of_the_chosen_tokens():
@@ -184,31 +167,6 @@ def test_a_group_of_equal_rewards_has_no_signal_and_no_nan(mode):
         else:
             deltas = gs.compute_deltas(rewards, mode)
         assert deltas.abs().max() == (reward if mode == "max_rewards" else 0)
-
-
-@pytest.mark.parametrize("p", [0.02, 0.5])
-@pytest.mark.parametrize("size", [2, 8, 400])
-def test_what_the_expected_update_is_by_enumerating_groups_of_right_and_wrong(p, size):
-    # Two responses, the right one (reward 1) of probability p, so J = p. The scores ∇log π by the
-    # logit are 1 − p and −p; ∇J = p (1 − p), ∇log J = 1 − p. A group has k right ones.
-    k = torch.arange(size + 1)
-    groups = (torch.arange(size) < k[:, None]).double()  # [k trial]
-    probs = [math.comb(size, i) * p**i * (1 - p) ** (size - i) for i in k.tolist()]
-    for mode, wanted in (
-        ("rewards", p * (1 - p)),
-        ("leave_one_out", p * (1 - p)),
-        ("centered_rewards", p * (1 - p) * (size - 1) / size),
-        ("max_likelihood", (1 - p) * (1 - (1 - p) ** (size - 1))),  # → ∇log J in a large group
-    ):
-        updates = (gs.compute_deltas(groups, mode) * (groups - p)).mean(dim=-1)
-        update = math.fsum(q * x for q, x in zip(probs, updates.tolist()))
-        assert update == pytest.approx(wanted, rel=1e-9), mode
-
-
-def test_erratum_2_the_baseline_example():
-    rewards = torch.tensor([[11.0, 9.0], [0.0, 2.0]])
-    assert round(rewards.std().item(), 2) == 5.32
-    assert round(gs.compute_deltas(rewards, "centered_rewards").std().item(), 2) == 1.15
 
 
 @pytest.mark.parametrize("mode", ["centered_rewards", "normalized_rewards"])
@@ -283,31 +241,17 @@ def test_gradients_of_the_losses_on_policy_and_by_finite_differences(mode):
         assert torch.allclose(new.grad, -weight * deltas.unsqueeze(-1) / 6)
 
 
-def test_the_clip_is_one_sided():
-    # (!4) Without the minimum, a token that moved the wrong way could never come back.
-    ratios, deltas = torch.tensor([[1.3, 1.3, 0.7, 0.7, 1.1], [1, -1, 1, -1, 1]])
-    log_probs = (ratios.log() - 1).view(1, 5, 1).requires_grad_()
-    gs.compute_loss(log_probs, deltas[None], "clipped", torch.full((1, 5, 1), -1.0)).backward()
-    assert (-log_probs.grad.flatten().sign()).tolist() == [0, -1, 1, 0, 1]
-
-
 def test_the_worked_example_against_numbers_worked_out_by_hand():
     # Rewards 3, 2, 1, 0: mean 3/2, std √(5/3). Each of 12 tokens weighs 1/12 in the loss.
-    lines = gs.worked_example().split("\n")
-    rows = {line[:24].strip(): line[24:] for line in lines[:7]}
-    wanted = {
-        "reward: right positions": [3, 2, 1, 0],
-        "centered_rewards": [1.5, 0.5, -0.5, -1.5],
-        "normalized_rewards": [1.162, 0.387, -0.387, -1.162],  # 1.5 / 1.29099, 0.5 / 1.29099
-        "leave_one_out": [2, 0.667, -0.667, -2],  # 3 − (2 + 1 + 0)/3, 2 − (3 + 1 + 0)/3, …
-        "max_likelihood": [1, 0.333, -0.333, -1],
-        "gradient of each token": [-0.125, -0.042, 0.042, 0.125],  # −δ / 12
-    }
-    assert re.findall(r"\[.*?\]", rows.pop("sort [1, 0, 2]")) == [
-        "[0, 1, 2]", "[0, 1, 1]", "[0, 2, 1]", "[1, 0, 0]",
+    head, *lines = gs.worked_example().split("\n")
+    assert re.findall(r"\d", head) == [*"102012011021100"]
+    assert [[float(x) for x in line[24:].split()] for line in lines[:6]] == [
+        [3, 2, 1, 0], [1.5, 0.5, -0.5, -1.5],
+        [1.162, 0.387, -0.387, -1.162],  # 1.5 / 1.29099, 0.5 / 1.29099
+        [2, 0.667, -0.667, -2],  # 3 − (2 + 1 + 0)/3, 2 − (3 + 1 + 0)/3, …
+        [1, 0.333, -0.333, -1], [-0.125, -0.042, 0.042, 0.125],  # −δ / 12
     ]  # fmt: skip
-    assert {name: [float(x) for x in text.split()] for name, text in rows.items()} == wanted
-    text = " ".join(lines[7:])
+    text = " ".join(lines[6:])
     assert "is 0.0, as on the first step" in text and "its ratio is 1.35," in text  # e^0.3
 
 
@@ -417,26 +361,6 @@ def test_the_exact_gradient_is_that_of_the_expected_reward_by_finite_differences
     gradient = torch.einsum("rbt,rbtp->rp", get_probs() * rewards, scores) / 3
     up, down = ((get_probs(x) * rewards).sum().item() / 3 for x in (1e-5, -2e-5))
     assert gradient[1, 3 * 4 + 1].item() == pytest.approx((up - down) / 2e-5, rel=1e-4)
-
-
-@pytest.mark.parametrize("mode", gs.DELTAS)
-def test_the_expected_update_agrees_with_sampled_groups(mode):
-    # The enumeration over reward groups, against what training really does: sample, average.
-    model, everywhere = make_model(num_runs=1, init_scale=0.7), EVERYTHING.expand(1, 3, -1, -1)
-    probs = gs.compute_log_probs(PROMPTS, everywhere, model).sum(-1).exp().detach()
-    scores = sort_study.compute_scores(PROMPTS, EVERYTHING, model)
-    rewards = gs.sort_distance_reward(PROMPTS, everywhere[0])  # [batch trial]
-    mean, variance = sort_study.expected_update(probs, rewards[None], scores, mode, group_size=3)
-
-    draws = 20_000
-    chosen = torch.multinomial(probs[0], draws * 3, replacement=True, generator=seeded())
-    chosen = chosen.view(3, draws, 3)  # [batch draw trial]
-    sampled = torch.stack([r[i] for r, i in zip(rewards, chosen)], dim=1)  # [draw batch trial]
-    deltas, places = gs.compute_deltas(sampled, mode), itertools.product(range(3), repeat=2)
-    updates = sum(deltas[:, b, i, None] * scores[0, b][chosen[b, :, i]] / 9 for b, i in places)
-    # The squared distance of the two means should be about variance/draws.
-    assert (updates.mean(0) - mean[0]).square().sum() < 3 * variance[0] / draws
-    assert updates.var(0).sum().item() == pytest.approx(variance[0].item(), rel=0.05)
 
 
 def test_erratum_1_the_quotient_of_log_probs_unlearns(gradients):
@@ -596,14 +520,6 @@ def test_gae_is_given_the_whole_reward_at_the_end_and_gamma_and_lambda(monkeypat
             assert torch.allclose(delta, wanted, atol=1e-4)
 
 
-def test_the_value_coefficient_scales_the_critics_loss_only():
-    settings = dict(deltas_mode="gae", num_epochs=1, num_steps_per_epoch=1)
-    none, one, three = (learn(**settings, value_coefficient=c) for c in (0.0, 1.0, 3.0))
-    loss, loss_three = (x.curves["loss"] - none.curves["loss"] for x in (one, three))
-    assert loss > 0.1 and torch.allclose(3 * loss, loss_three)
-    assert torch.equal(one.model.embedding, three.model.embedding)
-
-
 @pytest.mark.parametrize("anneal, left", [(True, (1, 0.75, 0.5, 0.25)), (False, (1, 1, 1, 1))])
 def test_annealing_takes_learning_rate_and_entropy_bonus_down_to_zero(anneal, left, monkeypatch):
     rates = []
@@ -673,43 +589,26 @@ def test_training_refuses_what_cannot_work(arguments):
         learn(**arguments)
 
 
-@pytest.mark.parametrize("returned, told", [
-    (lambda r: None, "None"), (lambda r: r.tolist(), r"\[\[1.0"),
-    (lambda r: torch.where(r > 1, r, math.nan), r"tensor\(\[\[.*nan"),
-    (lambda r: r[..., :1], r"tensor\(\[\[1"),
+@pytest.mark.parametrize("change, told", [
+    (lambda r: None, "None"), (lambda r: r.tolist(), r"\[\[3.0"),
+    (lambda r: r * math.nan, r"tensor\(\[\[nan"), (lambda r: r[..., :1], r"tensor\(\[\[3"),
 ])  # fmt: skip
-def test_a_reward_function_is_told_what_it_returned(returned, told):
+def test_a_reward_function_is_told_what_it_returned(change, told):
     def my_reward(prompts, responses):
-        return returned(gs.sort_distance_reward(prompts, responses))
+        return change(gs.sort_distance_reward(prompts, responses))
 
-    responses = torch.zeros(3, 10, 3, dtype=torch.long)
-    with pytest.raises(
-        ValueError, match=rf"my_reward must return a finite tensor \[3, 10\], not {told}"
-    ):
-        gs.compute_reward(PROMPTS, responses.index_fill(-2, torch.tensor(0), 2), my_reward)
-
-
-def test_past_the_target_kl_only_adams_momentum_moves_a_run(monkeypatch):
-    # Plain descent has no momentum: with a target of 0 the first step, from KL 0, is the only one.
-    monkeypatch.setattr(torch.optim, "Adam", lambda p, lr, fused: torch.optim.SGD(p, lr))
-    settings = dict(num_epochs=1, learning_rate=0.5, num_runs=2)
-    stopped, one, many = (
-        learn(**settings, num_steps_per_epoch=n, target_kl=kl).model.embedding
-        for n, kl in ((5, 0.0), (1, None), (5, None))
-    )
-    assert torch.equal(stopped, one) and not torch.equal(one, many)
+    text = rf"my_reward must return a finite tensor \[3, 10\], not {told}"
+    with pytest.raises(ValueError, match=text):
+        gs.compute_reward(PROMPTS, PROMPTS.sort().values[:, None].expand(3, 10, 3), my_reward)
 
 
 # What a run shows, command line, study, README, results ===========================================
 def test_the_interval_is_students_t():
-    # t(0.975) for 7 and 31 degrees of freedom: 2.364624, 2.039513 (tables)
-    for n, t in ((8, 2.364624), (32, 2.039513)):
+    for n, t in ((8, 2.364624), (32, 2.039513)):  # t(0.975), 7 and 31 degrees of freedom: tables
         values = [float(i % 3) for i in range(n)]
         wanted = statistics.mean(values), t * statistics.stdev(values) / math.sqrt(n)
         assert sort_study.mean_and_interval(values) == pytest.approx(wanted, rel=1e-3)
         assert gs.mean_and_interval(torch.tensor(values)) == pytest.approx(wanted, rel=5e-3)
-    assert gs.mean_and_interval(torch.tensor([0.25])) == (0.25, 0.0)
-    assert sort_study.mean_and_interval([0.25]) == (0.25, 0.0)
 
 
 def make_result(percents, solved_at, num_epochs=5):
@@ -746,26 +645,6 @@ def test_a_table_says_percent_runs_and_epochs_and_trains_equal_rows_once(monkeyp
     ]
     assert trained == [dict(lam=0.5, seed=1), dict(seed=2)]
     assert found["again"] == (rows["again"], results[1])
-
-
-def test_the_matrix_has_every_delta_with_every_loss(monkeypatch, capsys):
-    modes, trained = (*gs.DELTAS, "process", "gae"), []
-
-    def train(deltas_mode, loss_mode, seed):
-        trained.append((deltas_mode, loss_mode))
-        percent = 10 * modes.index(deltas_mode) + gs.LOSSES.index(loss_mode)
-        return SimpleNamespace(exact_match=torch.tensor([percent / 100] * 2))
-
-    monkeypatch.setattr(gs, "run_policy_gradient", train)
-    gs.train.cache_clear()
-    gs.train_matrix("title", dict(seed=0))
-    gs.train.cache_clear()
-    head, *lines = [x for x in capsys.readouterr().out.split("\n") if x and x[0] != "#"]
-    assert head.split() == list(gs.LOSSES) and len(trained) == 37
-    for y, (mode, line) in enumerate(zip(modes, lines, strict=True)):
-        wanted = range(5) if mode in gs.DELTAS else [2]  # the others with clipped alone
-        assert line.split() == [mode, *(f"{10 * y + x:.1f}" for x in wanted)]
-        assert line.index(f"{10 * y + 2}.0") in range(head.index("clipped"), len(head))
 
 
 def test_the_curves_are_those_of_the_runs_and_rewards_are_shares_of_the_largest(
@@ -860,23 +739,19 @@ def test_a_plain_run_shows_all_and_writes_the_curves(monkeypatch, tmp_path, caps
     assert settings == gs.RECIPE and gs.LADDER[0][1] == {}
 
 
-def test_classic_prints_every_response_with_reward_delta_and_log_prob(
-    tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    calls, show = [], gs.show_epoch
-    monkeypatch.setattr(gs, "show_epoch", lambda *args: calls.append(args) or show(*args))
-    gs.main("--classic --num-epochs 2 --num-runs 3 --reward-fn distance".split())
-    out = capsys.readouterr()
+def test_classic_prints_every_response_with_reward_delta_and_log_prob(tmp_path, capsys):
+    calls, out = [], ["--out", str(tmp_path)]
+    with mock.patch.object(gs, "show_epoch", lambda *a, s=gs.show_epoch: calls.append(a) or s(*a)):
+        gs.main([*"--classic --num-epochs 2 --num-runs 3 --reward-fn distance".split(), *out])
     pattern = r"(\[.*?\])\s+reward (\S+)\s+delta (\S+)\s+log π (\S+)"
-    found = [[ast.literal_eval(x) for x in line] for line in re.findall(pattern, out.out)]
+    found = re.findall(pattern, capsys.readouterr().out)
+    responses, *numbers = zip(*([ast.literal_eval(x) for x in line] for line in found))
     _, _, *tensors, log_probs = calls[0]  # of epoch 0
     wanted = [x[0].flatten(0, 1).tolist() for x in (*tensors, log_probs.sum(-1))]  # of run 0
-    responses, *numbers = zip(*found)
-    assert list(responses) == wanted[0] and len(found) == 30 and out.err == ""
+    assert list(responses) == wanted[0] and len(found) == 30
     assert all(list(x) == pytest.approx(y, abs=0.006) for x, y in zip(numbers, wanted[1:]))
     # a delta for each token, where there is one
-    gs.main("--deltas-mode gae --num-epochs 1 --num-runs 1 --prompts 1,0 2,2".split())
+    gs.main([*"--deltas-mode gae --num-epochs 1 --num-runs 1 --prompts 1,0 2,2".split(), *out])
     assert len(re.findall(r"delta [+-]\d\S* [+-]\d\S*  ", capsys.readouterr().out)) == 20
 
 
@@ -909,91 +784,6 @@ def test_a_console_without_greek_letters_gets_replacements(arguments, shown):
         cwd=HERE, env=os.environ | {"PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     assert done.returncode == 0 and shown in done.stdout, done.stderr
-
-
-def test_a_missing_matplotlib_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it fails
-    with pytest.raises(SystemExit):
-        gs.main("--compare seed 1 --num-epochs 1 --num-runs 1".split())
-    out, error = capsys.readouterr()
-    assert "| 1  " in out and re.fullmatch(".*matplotlib.*\n", error)
-
-
-def make_row(exact_match=0.75, **more):
-    """What sort_study.measure gives, of 8 runs without a training."""
-    row = dict(exact_match=[exact_match] * 8, solved=[1.0] * 3 + [0.0] * 5, epochs=[12.0] * 8)
-    return row | dict(entropy=[0.5] * 8, curves={}) | more
-
-
-def test_a_table_of_the_study_says_means_with_intervals_and_how_many_runs_sort_all():
-    rows = [make_row(label="one", table="4"), make_row(1.0, label="two", table="4")]
-    cells = [[x.strip() for x in line.split("|")[1:-1]] for line in sort_study.format_table(rows)]
-    assert cells[2] == ["one", "75.0 ± 0.0", "3 of 8", "12.0 ± 0.0", "0.50 ± 0.00"]
-    row = dict(
-        label="x", table="5", exact_match=[1.0] * 8, unseen=[0.9925] * 8, left="a", worst="b"
-    )
-    cells = sort_study.format_table([row])[2].split("|")
-    assert [x.strip() for x in cells[1:-1]] == ["x", "100.0 ± 0.0", "99.25 ± 0.00", "a", "b"]
-
-
-def test_a_row_is_what_its_training_shows():
-    settings = gs.RECIPE | dict(num_epochs=12, num_runs=4, seed=1, prompts=[[2, 0, 1], [1, 2, 2]])
-    row, result = sort_study.measure(settings), gs.run_policy_gradient(**settings)
-    curves = result.curves["batch_exact_match"].T.tolist()  # [run][epoch]
-    first = [(curve + [1.0]).index(1.0) + 1 for curve in curves]
-    assert row["epochs"] == [min(n, 12) for n in first] and 1 < min(first)
-    assert row["exact_match"] == result.exact_match.tolist()
-    assert row["solved"] == [float(x == 1) for x in row["exact_match"]]
-    assert row["entropy"] == pytest.approx(result.curves["entropy"][-1].tolist(), abs=1e-6)
-    assert row["curves"] == {name: x.tolist() for name, x in result.curves.items()}
-
-
-def test_a_row_with_a_split_is_tested_on_the_prompts_it_was_not_trained_on():
-    settings = dict(batch_size=9, num_epochs=60, num_runs=2, seed=3, split=(4, 3, 40))
-    settings = sort_study.UNSEEN | settings
-    found = sort_study.measure(settings)
-    train, unseen = sort_study.split_prompts(4, 3, 40, 2, 3)
-    model = learn(**{k: x for k, x in settings.items() if k != "split"}, prompts=train).model
-    for name, prompts in (("unseen", unseen), ("exact_match", train)):  # not of the last batch
-        right = gs.sorts_greedily(prompts, model).float().mean(-1).tolist()
-        assert found[name] == pytest.approx(right, abs=1e-6)
-    assert found["left"] and found["worst"]  # what is left wrong
-    # and can train on the answers
-    settings |= dict(num_epochs=400, batch_size=32, entropy_bonus=0.1)
-    for objective, bound in ((sort_study.CROSS_ENTROPY, 0.95), (sort_study.EXPECTED_REWARD, 0.5)):
-        assert min(sort_study.measure(settings | dict(objective=objective))["exact_match"]) > bound
-
-
-def test_rows_of_the_study_are_written_as_they_come_and_equal_ones_trained_once(
-    tmp_path, monkeypatch
-):
-    measured, results = [], []
-    tables = [  # number, base, changes
-        ("4a", dict(num_epochs=7), [{}, dict(num_responses=3), dict(gamma=0.5)]),
-        ("2b", None, [{}, dict(init_scale=0.1), dict(num_responses=3)]),
-        ("4c", {}, [dict(num_epochs=7, num_responses=3)]),
-    ]
-
-    def measure(settings):
-        if measured:  # all rows so far can be read
-            assert len(read_rows(tmp_path)) == len(measured)
-            assert (tmp_path / "tables.md").stat().st_size > 100
-        measured.append(settings)
-        return make_row()
-
-    monkeypatch.setattr(sort_study, "measure", measure)
-    sort_study.run_tables(tables, tmp_path, results, seed=3, num_runs=8)
-    assert measured == [dict(seed=3, num_runs=8) | s for s in (
-        dict(num_epochs=7), dict(num_epochs=7, num_responses=3), dict(num_epochs=7, gamma=0.5),
-        {}, dict(init_scale=0.1), dict(init_scale=0.1, num_responses=3),
-    )]  # fmt: skip
-    rows = read_rows(tmp_path)
-    assert [row["label"] for row in rows] == [
-        "base", "num_responses 3", "gamma 0.5",
-        "base", "+ init_scale 0.1", "+ num_responses 3", "num_epochs 7, num_responses 3",
-    ]  # fmt: skip
-    assert rows[6]["settings"] == rows[1]["settings"] and "curves" not in rows[0]
 
 
 def test_the_study_runs_from_end_to_end(tmp_path, monkeypatch):
@@ -1035,13 +825,13 @@ def test_what_the_errata_table_shows_is_so(expression, value):
     assert eval(expression, space) == ast.literal_eval(value)
 
 
-def test_every_erratum_has_a_row_and_a_test():
-    rows = [int(n) for n in re.findall(r"(?m)^\| (\d+) \|", ERRATA)]
-    names = re.findall(r"(?m)^def (test_\w+)", Path(__file__).read_text(encoding="utf-8"))
-    tested = {int(n) for n in re.findall(r"\btest_erratum_(\d+)_", " ".join(names))}
-    assert rows == sorted(tested) == list(range(1, 15))
-    for part in re.findall(r"pytest test_grpo.py -k (\w+)", README):
-        assert any(part in name for name in names), part
+def test_every_erratum_is_an_expression_or_has_a_test():
+    names = " ".join(re.findall(r"(?m)^def (test_\w+)", Path(__file__).read_text(encoding="utf-8")))
+    rows = re.findall(r"(?m)^\| (\d+) \|.*", ERRATA)
+    assert rows == [str(n) for n in range(1, 15)]
+    for line in re.findall(r"(?m)^\| \d+ \|.*", ERRATA):
+        assert "` → `" in line or f"test_erratum_{line.split()[1]}_" in names, line
+    assert all(part in names for part in re.findall(r"pytest test_grpo.py -k (\w+)", README))
 
 
 def test_every_command_of_the_readme_names_a_file_and_flags_that_exist(monkeypatch, tmp_path):
@@ -1161,7 +951,6 @@ MODES, LOSS_TYPES = gsm.ADVANTAGES.__args__, gsm.LOSS_TYPES.__args__
 LEVELS = gsm.RATIO_LEVELS.__args__
 LINES = json.loads((HERE / "results" / "gsm8k" / "graded_lines.json").read_text(encoding="utf-8"))
 FULL = "<reasoning>\n{}\n</reasoning>\n<answer>\n{}\n</answer>"
-SIZE = resource.RLIMIT_FSIZE
 GSM_SOURCE = Path(gsm.__file__).read_text(encoding="utf-8")
 
 
@@ -1358,52 +1147,11 @@ def test_left_padding_and_cache_change_no_log_probability(learned_positions, dec
         assert (sampled[row, n:] == 0).all() and (completions[row, n:] == 0).all()
 
 
-def test_a_generator_repeats_the_samples_and_there_is_no_dropout():
-    """(!2): whatever mode the model was in."""
-    policy, samples = make_policy(10, attention_dropout=0.5), []
-    for mode in (True, False):
-        arguments = policy.train(mode), Words(), ["ab"], 5, 9
-        samples.append(gsm.generate_completions(*arguments, generator=seeded(3)))
-        assert not policy.training
-    assert all(torch.equal(a, b) for a, b in zip(*samples))
-
-
-def test_erratum_8_checkpointing_in_train_mode_spoils_the_completions():
-    """Greedy completions are those of transformers' generate() in eval mode. In train mode gradient
-    checkpointing drops the KV cache inside each layer, and transformers 5.0 to 5.23 then generate
-    from the last token alone; generate_completions must not care."""
-    policy, prompts = make_policy(50, layers=4, scale=2.0).eval(), ["abcdefgh", "cd"]
-    ids, mask, honest, *_ = gsm.generate_completions(policy, Words(), prompts, 1, 30, 0, [4])
-    options = dict(do_sample=False, max_new_tokens=30, eos_token_id=4, pad_token_id=0)
-    options |= dict(attention_mask=mask)
-    assert torch.equal(honest, policy.generate(ids, **options)[:, ids.shape[1] :])
-    new = getattr(policy.train(), "activation_checkpointing_enable", None)  # renamed in 5
-    (new or policy.gradient_checkpointing_enable)({"use_reentrant": False})
-    ours = gsm.generate_completions(policy, Words(), prompts, 1, 30, 0, [4])[2]
-    try:
-        spoiled = not torch.equal(honest, policy.generate(ids, **options)[:, ids.shape[1] :])
-    except RuntimeError:  # a mask of another length: 5.0
-        spoiled = True
-    version = tuple(int(n) for n in transformers.__version__.split(".")[:2])
-    assert torch.equal(ours, honest) and spoiled == (version < (5, 24))
-
-
 def test_logits_that_are_not_finite_are_an_error_not_a_crash():
     """On a GPU sampling from nan is a device-side assert, which names no cause."""
     for temperature in (0, 1):
         with pytest.raises(FloatingPointError):
             gsm.sample_tokens(torch.tensor([[0.0, 1.0], [0.0, math.nan]]), temperature)
-
-
-def test_end_tokens_are_those_of_the_checkpoint_and_of_the_tokenizer():
-    """Qwen2.5 has two; with one of them missing completions run on behind their end."""
-    policy, words = make_policy(10), Words()
-    for ends, found in ([1, 2], [1, 2]), (7, [1, 7]), (None, [1]):
-        policy.generation_config.eos_token_id = ends
-        assert gsm.get_eos_token_ids(policy, words) == found
-    words.eos_token_id = None
-    with pytest.raises(ValueError):
-        gsm.get_eos_token_ids(policy, words)
 
 
 # Log-probabilities --------------------------------------------------------------------------------
@@ -1468,11 +1216,6 @@ def test_templates_without_a_system_role_and_with_thinking(tokenizer, template, 
     first = gsm.EXAMPLE_QUESTION if example_turn else "How many?"
     joined = f"<|im_start|>user\n{gsm.SYSTEM_PROMPT}\n\n{first}<|im_end|>"
     assert (joined in prompt) == (template != THINKING)
-
-
-def test_the_example_turn_earns_all_points():
-    assert gsm.combined_reward([gsm.EXAMPLE_ANSWER], ["72"]) == [2.8]
-    assert [r for _, r in gsm.step_rewards(gsm.EXAMPLE_ANSWER, "72")] == [1.0, 1.0, 1.0]
 
 
 def test_the_end_of_a_turn_in_the_template_ends_a_completion(tokenizer):
@@ -1818,28 +1561,22 @@ def test_erratum_13_the_loss_is_that_of_trl(kind, level, beta, estimator):
 def test_erratum_14_k3_is_weighted_by_the_ratio_of_its_own_token():
     """By enumeration of two independent tokens, samples from π_old: weighted by each token's own
     ratio the penalty has the gradient of KL(π ‖ π_ref), by the sequence's mean ratio it has not."""
-    x = torch.randn(3, 2, 3, generator=seeded(), dtype=torch.float64)
-    x[0].requires_grad_()
-    logits = x[0].detach().requires_grad_()
-    policy, old, ref = (y.log_softmax(-1) for y in (logits, x[1].detach(), x[2].detach()))
-    kl = (policy.exp() * (policy - ref)).sum() / 2  # a token
+    logits, old, ref = torch.randn(3, 2, 3, generator=seeded(), dtype=torch.float64)
+    tables = [x.log_softmax(-1) for x in (logits.requires_grad_(), old, ref)]
+    kl = (tables[0].exp() * (tables[0] - tables[2])).sum() / 2  # a token
     wanted = torch.autograd.grad(kl, logits, retain_graph=True)[0]
-    pairs = list(itertools.product(range(3), repeat=2))
-    rows = lambda table: torch.stack([table[range(2), list(pair)] for pair in pairs])  # noqa: E731
-    weights, mask = rows(old).sum(-1).exp(), torch.ones(1, 2)
-    for level, right in ("token", True), ("sequence", True):
-        loss = sum(
-            weight * gsm.grpo_loss(
-                lp[None], op[None], rp[None], torch.zeros(1), mask, beta=1.0,
-                kl_estimator="k3_weighted", importance_sampling_level=level,
-            )[0]
-            for weight, lp, op, rp in zip(weights, rows(policy), rows(old), rows(ref))
-        )  # fmt: skip
+    pairs = torch.tensor([*itertools.product(range(3), repeat=2)])  # [row pos]
+    policy, old, ref = (table[range(2), pairs] for table in tables)  # log π, each [row pos]
+    advantages = (9 * old.sum(-1).exp()).detach()  # used as weights: ∂/∂ratio of nothing else
+    for level in ("token", "sequence"):
+        options = dict(kl_estimator="k3_weighted", importance_sampling_level=level, beta=1.0)
+        rows = [gsm.grpo_loss(*(x[[i]] for x in (policy, old, ref)), torch.zeros(1),
+                              torch.ones(1, 2), **options)[0] for i in range(9)]  # fmt: skip
+        loss = (torch.stack(rows) * advantages / 9).sum()
         gradient = torch.autograd.grad(loss, logits, retain_graph=True)[0]
-        assert torch.allclose(gradient, wanted, atol=1e-9) == right, level
-    mean_ratio = ((rows(policy) - rows(old)).mean(-1, keepdim=True)).exp()
-    k3 = (rows(ref) - rows(policy)).exp() - (rows(ref) - rows(policy)) - 1
-    wrong = (weights[:, None] * mean_ratio * k3).sum() / 2
+        assert torch.allclose(gradient, wanted, atol=1e-9), level
+    k3, mean_ratio = (ref - policy).exp() - (ref - policy) - 1, (policy - old).mean(-1).exp()
+    wrong = (advantages * mean_ratio * k3.sum(-1)).sum() / 9 / 2
     gradient = torch.autograd.grad(wrong, logits)[0]
     assert (gradient - wanted).norm() > 0.1 * wanted.norm()
 
@@ -1903,23 +1640,10 @@ def test_an_answer_is_a_number_by_the_grammar_or_none(text, number):
     assert gsm.parse_number(text) == (None if number is None else Fraction(number))
 
 
-def test_long_numbers_and_lines_are_left_alone():
-    assert judge("1 + 1 = 3" + " " * 1991) == 0.0 and judge("1 + 1 = 3" + " " * 1992) is None
-    assert gsm.parse_number("9" * 80) == 10**80 - 1 and gsm.parse_number("9" * 81) is None
-
-
 def test_the_last_number_of_a_text():
-    texts = [
-        "1,080, I think",
-        "It is $1,080.",
-        "5 - 7 = -2",
-        "3/4 of it",
-        "**18**",
-        "none",
-        "x = 9 apples",
-    ]
+    texts = "1,080, I think; It is $1,080.; 5 - 7 = -2; 3/4 of it; **18**; none; x = 9 apples"
     wanted = [1080, 1080, -2, Fraction(3, 4), 18, None, 9]
-    assert [gsm.last_number(text) for text in texts] == wanted
+    assert [gsm.last_number(text) for text in texts.split("; ")] == wanted
 
 
 @pytest.mark.parametrize("line, label", LINES["steps"])
@@ -1951,19 +1675,13 @@ def test_steps_are_lines_of_the_reasoning_and_the_answer():
 
 def test_arithmetic_is_that_of_python_on_random_expressions():
     draw = random.Random(0)
-    for _ in range(500):
+    for _ in range(300):
         numbers = [str(draw.randrange(1, 20)) for _ in range(draw.randrange(2, 7))]
         text = "".join(draw.choice("+-*") + number for number in numbers)[1:]
         exact = eval(text)
-        assert judge(f"{text} = {exact}") == 1.0, text
-        assert judge(f"{text} = {exact + 1}") == 0.0, text
-    for text, verdict in {
-        "7/2 = 3.5": 1,
-        "100/3 = 33.33": 1,
-        "100/3 = 33.4": 0,
-        "2/3 = 0": None,
-    }.items():
-        assert judge(text) == verdict, text
+        assert judge(f"{text} = {exact}") == 1.0 and judge(f"{text} = {exact + 1}") == 0.0, text
+    lines = "7/2 = 3.5", "100/3 = 33.33", "100/3 = 33.4", "2/3 = 0", "1+" * 900 + "1 = 901"
+    assert [judge(line) for line in lines] == [1, 1, 0, None, 1]
 
 
 def plant_mistake(line, draw):
@@ -2023,13 +1741,6 @@ def test_hostile_text_is_linear_and_raises_nothing(piece):
 
     short = seconds(10_000)
     assert seconds(30_000) < 6 * short + 0.3
-
-
-def test_long_sums_are_instantaneous():
-    started = time.process_time()
-    assert judge("1+" * 900 + "1 = 901") == 1.0 and judge("9" * 40 + "*9" * 900 + " = 1") == 0.0
-    assert judge("9^9^9^9 = 1 + 1") is None and judge("(" * 900 + "1" + ")" * 900 + " = 1") is None
-    assert time.process_time() - started < 2
 
 
 @pytest.fixture(scope="session")
@@ -2193,25 +1904,6 @@ def test_a_shared_prompt_changes_neither_log_probs_nor_gradients(config):
         wanted = torch.autograd.grad((alone[..., 0] * weights).sum(), parameters)
         given = torch.autograd.grad((shared * weights).sum(), parameters)
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(given, wanted))
-
-
-def test_entropy_and_the_gap_between_sampler_and_scorer(tokenizer):
-    """Samples of another temperature than the one that is scored were invisible before."""
-    policy, rows = make_policy(len(tokenizer), scale=4.0), [{"question": "2 + 3?", "answer": "5"}]
-    lot, settings = torch.Generator().manual_seed(0), make_settings(temperature=0.7, beta=0.1)
-    batches, record, _ = gsm.collect_rollout(policy, tokenizer, rows, settings, lot)
-    total = 0.0
-    for batch in batches:
-        inputs = batch["prompt_ids"], batch["completion_ids"], batch["mask"], 0.7
-        total -= gsm.compute_group_log_probs(policy, *inputs).sum().item()
-    entropy = total / record["num_items"]
-    assert record["entropy"] == pytest.approx(entropy, rel=1e-4) and entropy > 1
-    sizes = record["num_rows"], record["num_items"]
-    for temperature, low, high in ((0.7, 0, 1e-5), (1.0, 0.1, 10)):
-        settings = make_settings(temperature=temperature, beta=0.1, mu=2)
-        optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-        found = gsm.update_policy(policy, policy, optimizer, batches, settings, *sizes)
-        assert low <= found["logprob_gap"] < high
 
 
 def test_every_epoch_is_a_new_order_of_all_rows():
@@ -2462,23 +2154,6 @@ def test_a_signal_saves(number, count, status, saved, start_folder, tmp_path, ca
     assert gsm.main(resume(out)) == 0 and read(out / "eval.jsonl", "step") == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name, statuses", [("SIGTERM", [143, 143]), ("SIGKILL", [1, -9])])
-def test_a_signal_to_one_process_stops_both(name, statuses, start_folder, tmp_path):
-    """Nobody may wait for ever for a process that has gone."""
-
-    def work():
-        sys.stderr = open(os.devnull, "w")  # for the survivor's traceback
-        if gsm.RANK == 1:
-            number, learn = getattr(signal, name), gsm.update_policy
-            hit = lambda _, *i, **o: signal.raise_signal(number) or learn(*i, **o)  # noqa: E731
-            at_call(2, gsm, "update_policy", hit)
-        return gsm.main(flags(start_folder, tmp_path, eval_examples=0))
-
-    assert fork(work, 2) == statuses
-    if name == "SIGTERM":
-        assert [*checkpoints(tmp_path)] == read(tmp_path / "metrics.jsonl", "step")[1:] == [2]
-
-
 def test_resume_takes_other_settings(finished_run, start_folder, tmp_path, capsys):
     """The learning rate that AdamW's saved state brings back is not the one that was asked for.
     And --output-dir may be a folder with files of the user's own."""
@@ -2530,75 +2205,39 @@ def refused(arguments, capsys):
 
 
 def test_three_steps_without_numbers_end_the_run(start_folder, tmp_path, monkeypatch):
-    """Not three of many; and what is saved is the last good model. Nor may the sampler go on."""
+    """Not three of many; and what is saved is the last good model."""
     changes = dict(num_iterations=1, eval_examples=0, mu=1, num_steps=9, save_every=1)
-    loss, sample, learn, out = gsm.grpo_loss, gsm.sample_tokens, gsm.update_policy, tmp_path / "run"
-    factors, now = [1, math.nan, math.nan, 1, math.nan, math.nan, math.nan], []
+    factors, compute = iter([1, math.nan, math.nan, 1, math.nan, math.nan, math.nan]), gsm.grpo_loss
+    now, learn = [], gsm.update_policy
 
     def scaled(*arguments, **options):
-        value, metrics = loss(*arguments, **options)
-        return value * now[-1], metrics
-
-    def counted(*arguments, **sizes):
-        now.append(factors[len(now)])
-        return learn(*arguments, **sizes)
+        loss, metrics = compute(*arguments, **options)
+        return loss * now[-1], metrics
 
     monkeypatch.setattr(gsm, "grpo_loss", scaled)
-    monkeypatch.setattr(gsm, "update_policy", counted)
+    begin = lambda *a, **k: now.append(next(factors)) or learn(*a, **k)  # noqa: E731
+    monkeypatch.setattr(gsm, "update_policy", begin)
     with pytest.raises(FloatingPointError, match="--learning-rate"):
-        gsm.main(flags(start_folder, out, **changes))
-    metrics = read(out / "metrics.jsonl")
-    assert [line["skipped_updates"] for line in metrics] == [int(x != 1) for x in factors]
-    assert [line["loss"] is None for line in metrics] == [x != 1 for x in factors]
-    five, six = (checkpoints(out)[step] for step in (5, 6))
+        gsm.main(flags(start_folder, tmp_path, **changes))
+    metrics = read(tmp_path / "metrics.jsonl")
+    assert [line["skipped_updates"] for line in metrics] == [0, 1, 1, 0, 1, 1, 1]
+    assert [line["loss"] is None for line in metrics] == [x != 1 for x in now]
+    five, six = (checkpoints(tmp_path)[step] for step in (5, 6))
     assert all(map(torch.equal, five, six)) and all(x.isfinite().all() for x in six)
-    monkeypatch.setattr(gsm, "sample_tokens", lambda logits, *a: sample(logits * math.nan, *a))
-    with pytest.raises(FloatingPointError):
-        gsm.main(flags(start_folder, tmp_path / "nan"))
 
 
-def test_a_damaged_checkpoint_is_refused(finished_run, tmp_path, capsys):
-    """… and the one before is enough."""
-    out = shutil.copytree(finished_run[0], tmp_path / "run")
-    path = out / "checkpoints" / "step-000006.pt"
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(Exception, match="(?i)zip|archive|corrupt|central"):
-        gsm.main(resume(out))
-    path.unlink()
-    assert gsm.main(resume(out)) == 0 and steady(out) == steady(finished_run[0])
-    for text in ("{}", "{"):
-        (out / "config.json").write_text(text)
-        assert refused(resume(out), capsys)[0] == 2
-
-
-def test_a_full_disk_leaves_the_earlier_checkpoints(finished_run, tmp_path):
-    """The next checkpoint cannot be written, as no file may grow beyond 100 kB."""
-    out, limits = shutil.copytree(finished_run[0], tmp_path / "run"), resource.getrlimit(SIZE)
-    (out / "checkpoints" / "step-000006.pt").unlink()
-    resource.setrlimit(SIZE, (100_000, limits[1]))
-    with pytest.raises((OSError, RuntimeError)):
-        gsm.main(resume(out))
-    resource.setrlimit(SIZE, limits)
-    assert [*checkpoints(out)] == [4]
-    assert gsm.main(resume(out)) == 0 and steady(out) == steady(finished_run[0])
-
-
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
-])  # fmt: skip
-@pytest.mark.parametrize("where", ["from_pretrained", "compute_group_log_probs", "load"])
-def test_out_of_memory_names_what_helps(where, error, start_folder, tmp_path, monkeypatch, capsys):
-    """Wherever it happens; never as a disk that is full or a checkpoint that is damaged."""
-    arguments = flags(start_folder, tmp_path, num_iterations=1, num_steps=1)
-    if where == "load":
-        assert gsm.main(arguments) == 0
-        arguments = resume(tmp_path)
-    owner = next(o for o in (gsm, torch, gsm.AutoModelForCausalLM) if hasattr(o, where))
-    monkeypatch.setattr(owner, where, mock.Mock(side_effect=error))
-    status, line = refused(arguments, capsys)
-    assert status == 1 and str(tmp_path) not in line
-    assert {"--micro-batch-size", "--gradient-checkpointing"} < {*line.replace(",", "").split()}
+@pytest.mark.parametrize("where", ["from_pretrained", "compute_group_log_probs"])
+def test_out_of_memory_names_what_helps(where, start_folder, tmp_path, monkeypatch, capsys):
+    owner = gsm if hasattr(gsm, where) else gsm.AutoModelForCausalLM
+    for i, error in enumerate((
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] can't allocate memory"),
+    )):  # fmt: skip
+        monkeypatch.setattr(owner, where, mock.Mock(side_effect=error))
+        status, line = refused(flags(start_folder, tmp_path / f"{i}"), capsys)
+        assert status == 1 and {"--micro-batch-size", "--gradient-checkpointing"} < {
+            *line.replace(",", "").split()
+        }
 
 
 @pytest.mark.parametrize("arguments, words", [
