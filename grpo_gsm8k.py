@@ -160,7 +160,8 @@ def parse_number(text):
 
 def last_number(text):
     """The last number of a text → Fraction, or None; for lenient evaluation"""
-    numbers = re.findall(rf"(?:(?<![\w)])[-−])?[$£€]?(?:{NUMBER})(?:/(?:{NUMBER}))?", text)
+    number = rf"(?<![A-Za-z0-9_.])(?:{NUMBER})(?:/(?:{NUMBER}))?"
+    numbers = re.findall(rf"(?:(?<![\w)])[-−])?[$£€]?{number}", text)
     return parse_number(numbers[-1]) if numbers else None
 
 
@@ -796,7 +797,7 @@ def collect_rollout(model, tokenizer, problems, settings, generator, decoder=Non
 
 
 def make_micro_batches(sampled, advantages, num_generations, micro_batch_size, keep_silent):
-    """From what generate_completions returns and advantages [row pos] → list of dicts, for one prompt
+    """What generate_completions returns and advantages [row pos] → list of dicts, of one prompt
     each: prompt_ids int[prompt_pos]; completion_ids, mask, sampled (log π), advantages [row pos]"""
     prompt_ids, prompt_mask, completion_ids, completion_mask, log_probs = sampled
     columns = dict(completion_ids=completion_ids, mask=completion_mask)
@@ -880,7 +881,7 @@ def update_policy(model, reference, optimizer, batches, settings, num_rows, num_
 #     clip_fraction       share of tokens whose gradient was clipped; 0 if µ = 1
 #     grad_norm           before clipping; this, loss and kl are means over the µ updates
 #     skipped_updates     updates left out because the gradient was not finite
-#     finished_fraction   share that stopped by itself before the maximum; completion_length: tokens
+#     finished_fraction   share that ended with an end token; completion_length: tokens
 #     tokens_per_second   num_items, the tokens of all completions, over step_seconds
 #     peak_memory_bytes   of tensors on the GPU of rank 0 since the start; learning_rate: constant
 #     num_rows            completions
@@ -980,13 +981,13 @@ def comment_on(step, record, sample):
 # Judged is only what can be read in one way: a op b (op c …) = d with plain numbers, and nothing
 # before or after it that could belong to it. Not brackets, powers, variables, number words.
 
-TERM = rf"(?:{NUMBER})%?"
+TERM = rf"(?!0[0-9])(?:{NUMBER})%?"
 EQUATION = re.compile(
     rf"(?<![\w.,:^%)+*/√-])({TERM}(?: ?[-+*/] ?{TERM})+) ?= ?(-?{TERM})(?![\w^%]|[.,:/][0-9])"
 )
 LABEL = r"^\s*(?:[-*•]|[0-9]+[.)])\s|\b[SDsd](?:tep|ay) [0-9]+ - "
 PLAIN = {  # pattern: what it becomes
-    rf"\*\*|\\[()\[\]$]|[$£€`]|<<.*?>>|{LABEL}": "",
+    rf"(?<![0-9])\*\*|\*\*(?![0-9])|\\[()\[\]$]|[$£€`]|<<.*?>>|{LABEL}": "",
     r"\\times|\\cdot|(?<=[0-9]) ?[xX×·⋅] ?(?=[0-9])|(?<=%) of (?=[0-9])": "*",
     r"\\div|÷": "/",
     r"[−–]": "-",
@@ -994,16 +995,19 @@ PLAIN = {  # pattern: what it becomes
 BEFORE = re.compile(r"(?:^|[A-Za-z]{2,}|[A-Za-z]{2,} ?=|[,.:;])\s*\(?$")  # a word, a sign, nothing
 CHANGED = re.compile(  # but no word that changes the number: half of 10 + 3 = 8
     r"(?i)\b(?:hal(?:f|ves)|thirds?|quarters?|[a-z]+ths?|percent|twice|double|triple|minus|plus"
-    r"|times|by|less|more|than|number)(?: (?:of|the|as|than|many|much|by))* \(?$"
+    r"|times|by|less|more|than|number|two|three|four|five|six|seven|eight|nine|ten)"
+    r"(?: (?:of|the|as|than|many|much|by))* \(?$"
 )
 AFTER = re.compile(  # the end, a sign, or a word that does not go on with the number
-    r"(?i)\s*(?:$|[.,;:!?)](?![0-9])|(?!(?:and|or|remainder|r|hundred|thousand|million|dozen|half"
-    r"|quarter|third|whole|full|more|times|to|am|pm|cents)\b)[a-z]{2,}\b(?! ?[-+*/=^]| and [0-9]))"
+    r"(?i)\s*(?:$|[.,;:?)](?![0-9]| [0-9]{3}\b)|(?!(?:and|or|remainder|r|hundred|thousand|million"
+    r"|dozen|half|quarter|third|whole|full|more|times|to|am|pm|cents)\b)"
+    r"[a-z]{2,}\b(?! ?[-+*/=^]| and [0-9]))"
 )
+CONVERSIONS = (3, 7, 12, 16, 24, 30, 36, 52, 60, 100, 365, 1000, 3600)  # 30 + 30 = 1 hour
 
 
 def judge_equation(left, right):
-    """'48/2', '24' → True, False, or None where digits may have been cut off"""
+    """'48/2', '24' → True, False, or None where digits may be cut off or the unit another"""
     tokens = ["+", *re.findall(rf"[-+*/]|{TERM}", left), "=", right]
     numbers = [Fraction(x.strip("%").replace(",", "")) for x in tokens[1::2]]
     numbers = [x / 100 if "%" in text else x for x, text in zip(numbers, tokens[1::2])]
@@ -1021,9 +1025,10 @@ def judge_equation(left, right):
     if "%" in right and "%" not in left:  # 5/20*100 = 25%
         off = min(off, abs((total + term) / 100 - shown))
     rounded = "/" in left or "%" in left + right  # 100/3 = 33.3, but not 33.4
-    if off == 0 or rounded and off <= place / 2:
+    if off == 0 or rounded and off <= place / 2 and place < 1:
         return True
-    return None if rounded and off < place and shown < total + term else False  # cut off
+    cut_off = rounded and off < place and (place == 1 or shown < total + term)
+    return None if cut_off or shown and (total + term) / shown in CONVERSIONS else False
 
 
 def step_rewards(completion, answer):
