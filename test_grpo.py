@@ -183,17 +183,6 @@ def test_erratum_9_the_length_bias_comes_from_dividing_by_the_length(mode):
         assert short == pytest.approx(factor * long) and long > 0
 
 
-def test_erratum_10_the_best_baseline_weighs_with_the_square_of_the_gradient_of_log_pi():
-    # Two actions, π = 0.8 and 0.2, rewards 11 and 9. By the logit ∇log π = 1 − p = 0.2 and −0.8.
-    p, rewards, scores = torch.tensor([[0.8, 0.2], [11, 9], [0.2, -0.8]], dtype=torch.float64)
-    for weights, baseline, variance in ((scores**2, 9.4, 0), ((p * scores) ** 2, 10.6, 0.2304)):
-        b = (p * weights * rewards).sum() / (p * weights).sum()
-        updates = (rewards - b) * scores
-        mean = p @ updates  # ∇J = p (1 − p) (11 − 9), whatever the baseline
-        found = [b.item(), mean.item(), (p @ (updates - mean) ** 2).item()]
-        assert found == pytest.approx([baseline, 0.32, variance], abs=1e-9)
-
-
 def plain_loss(log_probs, old, deltas, mode, low, high):
     """The loss of one run with math.exp and loops; deltas[b][i][t]."""
     terms = []
@@ -263,46 +252,6 @@ def test_the_kl_penalty_is_summed_over_pos_and_averaged_over_the_rest():
     assert torch.allclose(gs.compute_kl_penalty(new[0], ref[0], "k1"), kl[0], atol=1e-6)
 
 
-def make_logits(seed):
-    """Of a policy over 5 tokens at 3 independent positions: float64[pos vocab]."""
-    return torch.randn(3, 5, dtype=torch.float64, generator=seeded(seed)).requires_grad_()
-
-
-def token_log_probs(logits):
-    """log π of the tokens of all 125 responses, each in a run of its own: [run 1 1 pos]."""
-    return logits.log_softmax(-1)[range(3), EVERYTHING][:, None, None]
-
-
-def divergences(logits, ref):
-    """Sums over all tokens: {name: (value, gradient by the logits of π)}."""
-    p, q, found = logits.softmax(-1), ref.detach().softmax(-1), {}
-    terms = {"to_ref": p * (p / q).log(), "from_ref": q * (q / p).log()}  # KL(π ‖ π_ref), back
-    for name, x in (terms | {"nothing": 0 * p}).items():
-        found[name] = x.sum().item(), torch.autograd.grad(x.sum(), logits, retain_graph=True)[0]
-    return found
-
-
-@pytest.mark.parametrize("estimator, sampled_by, old, target, unbiased", [
-    ("k1", 0, None, "nothing", True),
-    ("k2", 0, None, "to_ref", False),
-    ("k3", 0, None, "from_ref", True),
-    ("k3_weighted", 0, None, "to_ref", True),
-    ("k3_weighted", 0, "with a gradient", "to_ref", True),  # as when one forgets to freeze it
-    ("k3_weighted", 2, "constant", "to_ref", True),  # off policy
-])  # fmt: skip
-def test_erratum_6_whose_gradient_estimators_have(estimator, sampled_by, old, target, unbiased):
-    policies = [make_logits(seed) for seed in range(3)]
-    logits, ref, sampler = policies[0], policies[1], policies[sampled_by]
-    log_probs, old_log_probs = token_log_probs(logits), token_log_probs(sampler) if old else None
-    estimate = gs.compute_kl_penalty(log_probs, token_log_probs(ref), estimator, old_log_probs)
-    probs = token_log_probs(sampler).sum(dim=(1, 2, 3)).exp().detach()  # of the 125 responses
-    value = (probs * estimate).sum()
-    gradient, exact = torch.autograd.grad(value, logits)[0], divergences(logits, ref)
-    assert (value.item() == pytest.approx(exact["to_ref"][0])) == unbiased
-    for name, (_, wanted) in exact.items():
-        assert torch.allclose(gradient, wanted, atol=1e-12) == (name == target), name
-
-
 def test_gae_is_the_discounted_sum_of_its_definition_and_gives_constants():
     # Constants, because token rewards may hold a KL penalty, and that a gradient.
     rewards, values = torch.randn(2, 2, 3, 5, dtype=torch.float64, requires_grad=True)
@@ -346,23 +295,6 @@ def gradients():
     return sort_study.measure_gradients(num_runs=4, seed=0)
 
 
-def test_the_exact_gradient_is_that_of_the_expected_reward_by_finite_differences():
-    # REINFORCE itself: ∇J = E[R ∇log π]; and scores have the mean 0, so that baselines are allowed.
-    model, everywhere = make_model(num_runs=2).double(), EVERYTHING.expand(2, 3, -1, -1)
-    rewards = gs.sort_distance_reward(PROMPTS, everywhere).double()
-
-    def get_probs(shift=0.0):  # [run batch trial]
-        model.embedding.data[1, 3, 1] += shift
-        return gs.compute_log_probs(PROMPTS, everywhere, model).sum(-1).exp().detach()
-
-    assert sort_study.enumerate_responses(5, 3).tolist() == EVERYTHING.tolist()
-    scores = sort_study.compute_scores(PROMPTS, EVERYTHING, model)  # [run batch trial params]
-    assert torch.einsum("rbt,rbtp->rbp", get_probs(), scores).abs().max() < 1e-12
-    gradient = torch.einsum("rbt,rbtp->rp", get_probs() * rewards, scores) / 3
-    up, down = ((get_probs(x) * rewards).sum().item() / 3 for x in (1e-5, -2e-5))
-    assert gradient[1, 3 * 4 + 1].item() == pytest.approx((up - down) / 2e-5, rel=1e-4)
-
-
 def test_erratum_1_the_quotient_of_log_probs_unlearns(gradients):
     assert (gradients["6b", "exp(log π − log π_old)"]["cosine"] > 0.9999).all()
     assert (gradients["6b", "log π / log π_old"]["cosine"] < -0.9).all()
@@ -386,7 +318,7 @@ def test_erratum_11_with_the_ratio_upside_down_k3_is_another_divergence(gradient
     ("6e", "E[(∇log π)² R] / E[(∇log π)²]", "baseline", 9.4),
     ("6e", "E[(∇log π)² R] / E[(∇log π)²]", "variance", 0),
 ])  # fmt: skip
-def test_the_study_finds_what_theory_and_errata_say(table, row, metric, wanted, gradients):
+def test_erratum_10_and_what_else_theory_says_of_the_study(table, row, metric, wanted, gradients):
     values = gradients[table, row][metric].tolist()
     assert values == pytest.approx([wanted] * len(values), abs=2e-3)
 
@@ -536,20 +468,16 @@ def test_annealing_takes_learning_rate_and_entropy_bonus_down_to_zero(anneal, le
 
 def test_prompts_of_ones_own_and_batches_of_them():
     train, unseen = sort_study.split_prompts(4, 3, num_train=40, num_runs=2, seed=0)
-    batches, settings = [], {k: x for k, x in sort_study.UNSEEN.items() if k != "split"}
+    settings = {k: x for k, x in sort_study.UNSEEN.items() if k != "split"}
     settings |= dict(prompts=train, batch_size=16, num_runs=2, num_epochs=200)
-    result = learn(**settings, on_epoch=lambda *args: batches.append(args[1]))
-    assert result.exact_match.min() > 0.7
-    # A run draws from its own prompts only, in the end from all, and others than the run beside it.
-    drawn = []
-    for run in range(2):
+    batches = []
+    assert learn(**settings, on_epoch=lambda *a: batches.append(a[1])).exact_match.min() > 0.7
+    for run in range(2):  # draws from its own prompts only, in the end from all
         seen, rest = ({tuple(p) for p in x[run].tolist()} for x in (train, unseen))
         assert len(seen) == 40 and len(rest) == 24 and not seen & rest
-        assert {(0, 0, 0), (3, 3, 3)} <= seen
-        drawn.append([[tuple(p) for p in batch[run].tolist()] for batch in batches])
-        assert len(drawn[run][0]) == 16 and drawn[run][0] != drawn[run][1]
-        assert set(sum(drawn[run], [])) == seen
-    assert drawn[0][0] != drawn[1][0]
+        drawn = [{tuple(p) for p in batch[run].tolist()} for batch in batches]
+        assert set.union(*drawn) == seen and drawn[0] != drawn[1]
+    assert not torch.equal(batches[0][0], batches[0][1])
 
 
 @pytest.mark.parametrize("call", [
@@ -622,45 +550,34 @@ def make_result(percents, solved_at, num_epochs=5):
 
 
 def test_a_table_says_percent_runs_and_epochs_and_trains_equal_rows_once(monkeypatch, capsys):
-    trained = []
     results = {1: make_result([100, 50], [2, 0]), 2: make_result([0, 0], [0, 0])}
-    monkeypatch.setattr(
-        gs, "run_policy_gradient", lambda **s: trained.append(s) or results[s["seed"]]
-    )
+    train = mock.Mock(side_effect=lambda seed, lam=0: results[seed])
+    monkeypatch.setattr(gs, "run_policy_gradient", train)
     gs.train.cache_clear()
     rows = {"one": dict(seed=1, lam=0.5), "two": dict(seed=2), "again": dict(lam=0.5, seed=1)}
-    found = gs.train_table("A title", rows)
+    assert gs.train_table("A title", rows)["again"] == (rows["again"], results[1])
     gs.train.cache_clear()
-    cells = [
-        [x.strip() for x in line.split("|")[1:-1]]
-        for line in capsys.readouterr().out.split("\n") if line[:1] == "|"
+    found = re.findall(
+        r"\| (\w+) +\| (\S+) ± \S+ +\| (\S+ of 2) +\| (\S+)", capsys.readouterr().out
+    )
+    assert found == [  # epochs 2 and, for never, 5
+        ("one", "75.0", "1 of 2", "3.5"), ("two", "0.0", "0 of 2", "never"),
+        ("again", "75.0", "1 of 2", "3.5"),
     ]  # fmt: skip
-    # t(0.975) for one degree of freedom is not in the approximation: the intervals are left out
-    cells = [[x.split(" ±")[0] for x in row] for row in cells]
-    assert cells[0][1:] == ["prompts sorted, %", "runs that sort all", "epochs until they do"]
-    assert cells[2:] == [
-        ["one", "75.0", "1 of 2", "3.5"],  # epochs 2 and, for never, 5
-        ["two", "0.0", "0 of 2", "never"],
-        ["again", "75.0", "1 of 2", "3.5"],
-    ]
-    assert trained == [dict(lam=0.5, seed=1), dict(seed=2)]
-    assert found["again"] == (rows["again"], results[1])
+    assert train.call_count == 2
 
 
-def test_the_curves_are_those_of_the_runs_and_rewards_are_shares_of_the_largest(
-    tmp_path, monkeypatch
-):
+def test_the_curves_are_those_of_the_runs_and_rewards_are_shares_of_the_largest(tmp_path):
     pytest.importorskip("matplotlib")
     from matplotlib.axes import Axes
 
-    lines, plot = [], Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda *a, **k: lines.append(a[1]) or plot(*a, **k))
     result = make_result([100, 50], [2, 0])
-    rows = {"classic": ({}, result), "distance": (gs.RECIPE, result)}
-    gs.draw_curves(rows, tmp_path)
+    with mock.patch.object(Axes, "plot", autospec=True, side_effect=Axes.plot) as plot:
+        gs.draw_curves({"classic": ({}, result), "distance": (gs.RECIPE, result)}, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+    lines = [call.args[1].tolist() for call in plot.call_args_list]
     for n, largest in enumerate((5, 3)):  # of each reward function
-        reward, sorted_percent, loss = (x.tolist() for x in lines[3 * n : 3 * n + 3])
+        reward, sorted_percent, loss = lines[3 * n : 3 * n + 3]
         assert reward == pytest.approx([100 / largest * x for x in (1, 1.5, 1.5, 1.5, 1.5)])
         assert sorted_percent == [0, 50, 50, 50, 50] and loss == [0, -0.5, -0.5, -0.5, -0.5]
 
@@ -685,18 +602,15 @@ def test_every_argument_has_a_flag_a_help_with_its_default_and_a_type(monkeypatc
         reward_fn=("exact", gs.exact_sort_reward), prompts=("3,2 1,0", ((3, 2), (1, 0))),
         anneal=("yes", True),
     )  # fmt: skip
+    shown = dict(prompts="three classic", anneal="no", reward_fn="inclusion_ordering")
     arguments, wanted = [], {}
     for name, (kind, text) in gs.SETTINGS.items():
         given, wanted[name] = special.get(name, {int: ("7", 7), float: ("2", 2.0)}.get(kind))
         arguments += ["--" + name.replace("_", "-"), *given.split()]
-        default = parameters[name].default
-        shown = dict(prompts="three classic", anneal="no", reward_fn="inclusion_ordering")
-        assert re.search(rf"\(.*{re.escape(shown.get(name, str(default)))}", text), name
-    for start in ([], ["--classic"]):
-        (found,) = run_main(monkeypatch, start + arguments)
-        assert found == wanted and all(type(found[k]) is type(x) for k, x in wanted.items())
-    helps = {x.dest: x.help for x in gs.make_parser()._actions}
-    assert all(len(text.split()) >= 2 for text in helps.values()) and "anneal" in helps
+        default = str(shown.get(name, parameters[name].default))
+        assert re.search(rf"\w\w .*\(.*{re.escape(default)}", text), name
+    (found,) = run_main(monkeypatch, arguments)
+    assert found == wanted and all(type(found[k]) is type(x) for k, x in wanted.items())
 
 
 def test_one_flag_changes_the_recipe_and_classic_starts_from_the_defaults(monkeypatch, tmp_path):
@@ -716,27 +630,25 @@ def test_one_flag_changes_the_recipe_and_classic_starts_from_the_defaults(monkey
 
 def test_a_plain_run_shows_all_and_writes_the_curves(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    calls, train = [], gs.run_policy_gradient
-    short = dict(num_epochs=3, num_steps_per_epoch=2)
-    monkeypatch.setattr(
-        gs, "run_policy_gradient", lambda **s: calls.append(s) or train(**s | short)
-    )
+    train, short = gs.run_policy_gradient, dict(num_epochs=3, num_steps_per_epoch=2)
+    calls = []
+    spy = lambda **s: calls.append(s) or train(**s | short)  # noqa: E731
+    monkeypatch.setattr(gs, "run_policy_gradient", spy)
     gs.train.cache_clear()
     gs.main("--num-runs 2 --seed 4".split())
     gs.train.cache_clear()
-    out = capsys.readouterr().out
-    assert out.startswith(gs.worked_example()) and [x.name for x in tmp_path.iterdir()] == ["runs"]
-    assert [x.name for x in (tmp_path / "runs" / "sort").iterdir()] == ["curves.png"]
-    assert all(label in out for label, _ in gs.LADDER) and "max_likelihood  " in out
+    out, files = capsys.readouterr().out, [x for x in tmp_path.rglob("*") if x.is_file()]
+    assert out.startswith(gs.worked_example()) and files == [tmp_path / "runs/sort/curves.png"]
+    assert all(label in out for label, _ in gs.LADDER)
+    matrix = {
+        x.split()[0]: x.split()[1:] for x in out.split("## 3")[1].split("\n") if "." in x[:32]
+    }
+    assert [len(matrix[mode]) for mode in (*gs.DELTAS, "process", "gae")] == [5] * 7 + [1, 1]
     assert len(re.findall(r"(?m)^    \[.*log π", out)) == 2 * 3 * 3  # 2 epochs, 3 of each prompt
     # The recipe that is shown, 3 classic rows, 4 more of the ladder, 37 − 1 of the matrix.
     assert len(calls) == 1 + 3 + 4 + 36 and calls[0].pop("on_epoch")
     assert calls[0] == gs.RECIPE | dict(num_runs=2, seed=4) in calls[1:]
     assert all(call["num_runs"] == 2 and call["seed"] == 4 for call in calls)
-    settings = {}
-    for _, change in gs.LADDER:  # leads from the defaults to the recipe
-        settings |= change
-    assert settings == gs.RECIPE and gs.LADDER[0][1] == {}
 
 
 def test_classic_prints_every_response_with_reward_delta_and_log_prob(tmp_path, capsys):
@@ -805,18 +717,14 @@ def test_the_study_runs_from_end_to_end(tmp_path, monkeypatch):
 
 def test_functions_lift_out_with_the_imports_that_they_name():
     x, rewards = -torch.rand(2, 3, 4), torch.tensor([[0.0, 1.0, 3.0], [2.0, 2.0, 1.0]])
-    calls = dict(
-        compute_deltas=[(rewards, mode) for mode in gs.DELTAS],
-        compute_process_deltas=[(x,)],
-        compute_loss=[(x, rewards, mode, x - 0.1) for mode in gs.LOSSES],
-        compute_kl_penalty=[(x, x - 0.1, k, x - 0.2) for k in gs.KL_ESTIMATORS],
-        compute_gae=[(x, x)],
-    )
-    for name, arguments in calls.items():
+    for function, *arguments in (
+        (gs.compute_deltas, rewards, "normalized_rewards"), (gs.compute_process_deltas, x),
+        (gs.compute_loss, x, rewards, "clipped", x - 0.1), (gs.compute_gae, x, x),
+        (gs.compute_kl_penalty, x, x - 0.1, "k3_weighted", x - 0.2),
+    ):  # fmt: skip
         space = {"torch": torch}
-        exec(inspect.getsource(getattr(gs, name)), space)  # nothing else of the file is there
-        for args in arguments:
-            torch.testing.assert_close(space[name](*args), getattr(gs, name)(*args))
+        exec(inspect.getsource(function), space)  # nothing else of the file is there
+        torch.testing.assert_close(space[function.__name__](*arguments), function(*arguments))
 
 
 @pytest.mark.parametrize("expression, value", re.findall(r"`([^`]+)` → `([^`]+)`", ERRATA))
@@ -874,8 +782,7 @@ def test_the_committed_results_are_those_of_the_study():
 
 
 def test_the_committed_benchmarks_meet_the_targets():
-    """Time, memory and sampling beside TRL's; no memory for a table of logits of all tokens. The
-    tables are those of the measurements, and what the README says is in them."""
+    """Time, memory and sampling beside TRL's; no memory for a table of logits of all tokens."""
     cells = {}
     for name in ("benchmark", "full_size"):
         path = HERE / "results" / "gsm8k" / f"{name}.json"
@@ -886,13 +793,10 @@ def test_the_committed_benchmarks_meet_the_targets():
         for what, tokens, *numbers in re.findall(row, table):
             cells[what, int(tokens)] = [float(x.replace(",", "") or "nan") for x in numbers]
     time, memory, _ = cells["ours / TRL", 128]
-    assert time <= 0.35 and memory <= 0.25 and cells["ours", 128][2] > cells["TRL", 128][2]
-    kept = cells["ours", 512][1] - cells["ours", 64][1]
-    assert kept < 4 * 32 * (512 - 64) * 32_000 / 2 / 1e9
-    assert cells["ours / TRL", 400][0] <= 0.5  # with a CUDA graph, on the GPU
-    assert cells["ours", 400][2] > 5 * cells["ours, --no-cuda-graph", 400][2]
-    peaks = cells["ours", 400][1], cells["ours, also --offload-optimizer", 400][1]
+    assert time <= 0.35 and memory <= 0.25 and cells["ours / TRL", 400][0] <= 0.5
+    assert cells["ours", 512][1] - cells["ours", 64][1] < 4 * 32 * (512 - 64) * 32_000 / 2 / 1e9
     host = made["rows"][5]["host_peak"] / 1e9
+    peaks = cells["ours", 400][1], cells["ours, also --offload-optimizer", 400][1]
     for text in (f"{peaks[0]:.0f} GB", f"{peaks[1]:.0f} GB, host {host:.0f} GB"):
         assert f"| steps: {text} |" in README
 
@@ -965,8 +869,7 @@ def tokenizer(problems):
 
 
 def make_policy(vocab_size=450, seed=0, layers=2, scale=1.0, **config):
-    """A tiny random Qwen2; scale sharpens its distribution. (With tied embeddings a random model
-    would only repeat its last token, and prove little.)"""
+    """A tiny random Qwen2; scale sharpens its distribution."""
     torch.manual_seed(seed)
     options = dict(
         vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
@@ -989,12 +892,6 @@ class Words:
         ids = [[0] * (width - len(t)) + [2 + ord(c) % 8 for c in t] for t in texts]
         mask = [[0] * (width - len(t)) + [1] * len(t) for t in texts]
         return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-
-
-def numbers_of(example, name, count=4):
-    """The first numbers in a line of a worked example."""
-    line = next(line for line in example.split("\n") if line.startswith(name + " "))
-    return [float(x) for x in line[len(name) :].split()[:count]]
 
 
 # Data ---------------------------------------------------------------------------------------------
@@ -1297,21 +1194,6 @@ def test_a_reward_function_that_returns_something_else_is_named(returned):
     assert gsm.checked_rewards(lambda x: torch.tensor([1, 2.5]), ["a", "b"]) == [1.0, 2.5]
 
 
-@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
-def test_rewards_that_are_not_finite_are_refused(reward):
-    with pytest.raises(ValueError, match="finite"):
-        gsm.compute_advantages(torch.tensor([[0.0, reward], [1.0, 2.0]]))
-    with pytest.raises(ValueError, match="finite"):
-        gsm.compute_process_advantages([[(0, 1.0)], [(0, reward)]], torch.ones(2, 2))
-
-
-def test_an_epsilon_above_1_clips_above_only():
-    ratio = torch.tensor([[0.01, 20.0]])
-    step = ratio.log(), torch.zeros(1, 2), None, torch.tensor([[-1.0, 1.0]]), torch.ones(1, 2)
-    loss, metrics = gsm.grpo_loss(*step, beta=0, epsilon=10.0)
-    assert loss.item() == pytest.approx((0.01 - 11) / 2) and metrics["clip_fraction_low"] == 0
-
-
 # What a user sees ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_console_that_knows_no_greek_gets_replacements(encoding):
@@ -1374,26 +1256,18 @@ def test_the_readmes_use_of_a_final_model_runs_as_printed(
 
 # Advantages ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", MODES)
-def test_advantages_are_their_formulas(mode):
-    """A number at a time: group or batch, unbiased std, leave one out, sign. (!3): the float32 mean
-    of equal numbers may differ from them by rounding; they teach exactly nothing."""
+def test_advantages_are_those_of_the_first_file(mode):
+    """… which are compared with plain Python. (!3): equal rewards teach exactly nothing."""
     groups = [[2.8, 0.8, 0.8, 0.0, 0.6, 0.0, 0.8], [0.0, 0.0, 0.6, 0.0, 0.0, 0.0, 0.0]]
-    groups += [[reward] * 7 for reward in (0.0, 0.1, 0.6, 0.8, 2.8)]
-    for group, row in zip(groups, gsm.compute_advantages(torch.tensor(groups), mode).tolist()):
-        for i, r in enumerate(group):
-            mean, others = statistics.mean(group), group[:i] + group[i + 1 :]
-            expected = {
-                "normalized": (r - mean) / (statistics.stdev(group) + 1e-4),
-                "centered": r - mean,
-                "leave_one_out": r - statistics.mean(others),
-                "batch_normalized": (r - mean) / (statistics.stdev(sum(groups, [])) + 1e-4),
-                "max_likelihood": (r - mean) / (mean or 1),
-            }[mode]
-            assert row[i] == (pytest.approx(expected, abs=1e-5) if len(set(group)) > 1 else 0)
+    groups = torch.tensor(groups + [[reward] * 7 for reward in (0.0, 0.1, 0.6, 0.8, 2.8)])
+    given = gsm.compute_advantages(groups, mode)
+    other = next(x for x in gs.DELTAS if mode in x)
+    assert torch.allclose(given, gs.compute_deltas(groups, other), rtol=1e-3)
+    assert (given[2:] == 0).all()
 
 
 STEPS = [[(1, 1.0), (3, 0.0)], [(4, 1.0)], [(0, 0.0), (2, 1.0), (4, 1.0)], [(2, 0.0)]]
-PROCESS = "step_rewards", "completion_mask", "num_generations"
+NAN, INF = math.nan, math.inf
 MASK = (torch.arange(5) < torch.tensor([4, 5, 5, 2])[:, None]).long()
 
 
@@ -1467,8 +1341,7 @@ def test_the_loss_is_its_formula(kind, level, beta, estimator, high, items, per_
 @pytest.mark.parametrize("kind", LOSS_TYPES)
 @pytest.mark.parametrize("level", LEVELS)
 def test_neither_padding_nor_micro_batches_change_the_loss(kind, level):
-    """(!5): the two invariances that catch wrong normalisers; the padding may hold anything. And
-    a micro-batch of empty completions divides nothing by zero."""
+    """(!5): the two invariances that catch wrong normalisers; the padding may hold anything."""
     *step, advantages, mask = everything = [x.detach() for x in random_step()]
     options = dict(loss_type=kind, importance_sampling_level=level, kl_estimator="k3_weighted")
     options["max_completion_length"] = 9
@@ -1506,9 +1379,10 @@ def test_the_metrics_count_what_the_clip_cuts():
         dict(old_log_probs=torch.zeros(4, 1)), dict(advantages=torch.zeros(4, 1)),
         dict(advantages=torch.zeros(3)), dict(completion_mask=torch.zeros(1, 6)))),
     *((gsm.compute_advantages, dict(rewards=torch.zeros(x))) for x in [(3, 1), 3, (2, 3, 4)]),
+    *((gsm.compute_advantages, dict(rewards=torch.tensor([[0.0, x]]))) for x in (NAN, -INF)),
     (gsm.compute_advantages, dict(rewards=torch.zeros(3, 2), mode="best")),
-    *((gsm.compute_process_advantages, dict(zip(PROCESS, x))) for x in [
-        (STEPS, MASK[:3]), (STEPS, MASK, 3), ([[(19, 1.0)], [], [], []], MASK)]),
+    *((gsm.compute_process_advantages, dict(step_rewards=x, completion_mask=MASK[:n])) for x, n in [
+        (STEPS, 3), ([[(19, 1.0)], [], [], []], 4), ([[(0, NAN)], [], [], []], 4)]),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(function, change):
     """Shapes that would broadcast; groups of one, which give nan; characters in place of tokens."""
@@ -1587,18 +1461,24 @@ def test_the_second_worked_example_is_what_the_functions_give():
     steps = ("48/2 = 24\n48+24 = 72", "48/2 = 24\n48+24 = 73", "48/2 = 26\n48+26 = 74")
     texts = [FULL.format(step, step[-2:]) for step in steps] + ["72"]
     rewards = torch.tensor([gsm.combined_reward(texts, ["72"] * 4)])
-    modes = [mode for mode in MODES if f"\n{mode} " in gsm.EXAMPLE]
-    table = {mode: gsm.compute_advantages(rewards, mode)[0].tolist() for mode in modes}
+    table = {mode: gsm.compute_advantages(rewards, mode)[0].tolist() for mode in MODES}
     table |= {"reward": rewards[0].tolist(), "format": gsm.format_reward(texts)}
     table |= {"correctness": gsm.correctness_reward(texts, ["72"] * 4)}
-    for name, values in table.items():
-        assert values == pytest.approx(numbers_of(gsm.EXAMPLE, name), abs=0.005), name
-    assert len(table) == 7 and f"mean {rewards.mean():.2f}, std {rewards.std():.2f}" in gsm.EXAMPLE
-    steps = [[(end - 1, r) for end, r in gsm.step_rewards(text, "72")] for text in texts]
-    assert [r for row in steps for _, r in row] == numbers_of(gsm.EXAMPLE, "step rewards", 10)
-    process = gsm.compute_process_advantages(steps, torch.ones(4, 80))  # a character a token
-    flat = [process[i, end].item() for i, row in enumerate(steps) for end, _ in row]
-    assert flat == pytest.approx(numbers_of(gsm.EXAMPLE, "process", 10), abs=0.051)
+    ends = [[(end - 1, r) for end, r in gsm.step_rewards(text, "72")] for text in texts]
+    process = gsm.compute_process_advantages(ends, torch.ones(4, 80))  # a character a token
+    table["step rewards"] = [r for row in ends for _, r in row]
+    table["process"] = [process[i, end].item() for i, row in enumerate(ends) for end, _ in row]
+    found = dict(re.findall(r"(?m)^(\w+|step rewards)  +([-\d. ]+)", gsm.EXAMPLE))
+    for name in {*table} - {"batch_normalized"}:
+        numbers, digits = (
+            [float(x) for x in found.pop(name).split()],
+            0.051 if name == "process" else 0.006,
+        )
+        assert numbers == pytest.approx(table[name], abs=digits), name
+    assert (
+        not {*found} - {"answer"}
+        and f"mean {rewards.mean():.2f}, std {rewards.std():.2f}" in gsm.EXAMPLE
+    )
     x, advantages = torch.zeros(4, 5, requires_grad=True), torch.tensor(table["normalized"])
     loss, _ = gsm.grpo_loss(x, x, None, advantages, torch.ones(4, 5), beta=0)
     gradient, wanted = torch.autograd.grad(loss, x)[0], -advantages[:, None].expand(4, 5) / (4 * 5)
@@ -2120,8 +2000,7 @@ MOMENTS = [  # when a run is killed, and the steps of its checkpoints then
 
 
 def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(finished_run, tmp_path):
-    """Between any two steps, while saving, in the second round, with half a line in a log. Guards
-    random state, AdamW's state, reference, place in the data, masters; settings that get lost."""
+    """Between any two steps, while saving, in the second round, with half a line in a log."""
     out, arguments = tmp_path / "run", finished_run[1](tmp_path / "run")
     for moment, steps in MOMENTS:
         assert fork(lambda m=moment, a=arguments: at_call(*m) or gsm.main(a)) == [-9]
@@ -2138,8 +2017,7 @@ def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(finished_run, 
     (signal.SIGINT, 1, 130, [1]), (signal.SIGINT, 2, -signal.SIGINT, []),
 ])  # fmt: skip
 def test_a_signal_saves(number, count, status, saved, start_folder, tmp_path, capfd):
-    """… without the evaluation that is due. A second ^C is meant; a second SIGTERM torchrun's. And
-    the first says at once what happens."""
+    """… without the evaluation that is due."""
     learn, out = gsm.update_policy, tmp_path / "run"
     arguments = flags(start_folder, out, num_iterations=1, num_steps=2, eval_every=1)
 
@@ -2155,8 +2033,7 @@ def test_a_signal_saves(number, count, status, saved, start_folder, tmp_path, ca
 
 
 def test_resume_takes_other_settings(finished_run, start_folder, tmp_path, capsys):
-    """The learning rate that AdamW's saved state brings back is not the one that was asked for.
-    And --output-dir may be a folder with files of the user's own."""
+    """The learning rate that AdamW's saved state brings back is not the one that was asked for."""
     out = shutil.copytree(finished_run[0], tmp_path / "run")
     data = Path(shutil.copy(start_folder / "train.jsonl", out))
     changes = "--num-steps", "4", "--learning-rate", "1e-30", "--eval-every", "5"
@@ -2174,8 +2051,7 @@ def test_resume_takes_other_settings(finished_run, start_folder, tmp_path, capsy
 
 
 def test_erratum_12_a_penalty_needs_a_second_model(start_folder, tmp_path, monkeypatch):
-    """A frozen copy of the policy at the start of every round. One that shares its tensors would be
-    trained with it (!7). Without β there is none: it takes as much memory as the model."""
+    """A frozen copy of the policy at the start of every round."""
     seen, learn = [], gsm.update_policy
 
     def look(*inputs, **sizes):
@@ -2273,8 +2149,7 @@ def test_refusals_come_early(arguments, words, start_folder, tmp_path, capsys, m
 
 # Precision and memory -----------------------------------------------------------------------------
 def test_bfloat16_learns_with_masters_and_not_without():
-    """20 updates at the default learning rate on the same samples. The masters' change has a cosine
-    of 0.9998 with a float32 model's; of bfloat16 weights alone 95 % stay where they were."""
+    """20 updates at the default learning rate on the same samples."""
     small, moved = dict(scale=2.0, hidden_size=16, intermediate_size=32), {}
     policy = make_policy(10, **small).bfloat16().float()
     rollouts = [make_rollout(policy, seed=seed) for seed in range(20)]
@@ -2302,8 +2177,7 @@ def test_bfloat16_learns_with_masters_and_not_without():
 
 
 def test_neither_offloading_nor_checkpointing_changes_the_training(finished_run, tmp_path):
-    """Nor does a run that goes on with its optimizer elsewhere; autograd must not warn either. With
-    checkpointing every row reads its prompt: the first step is the same but for rounding."""
+    """Nor does a run that goes on with its optimizer elsewhere; autograd must not warn either."""
     out, arguments, _ = finished_run
     assert gsm.main([*arguments(tmp_path / "a"), "--offload-optimizer"]) == 0
     assert steady(tmp_path / "a") == steady(out)
