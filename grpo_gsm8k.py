@@ -830,14 +830,15 @@ def update_policy(model, reference, optimizer, batches, settings, num_rows, num_
     for update in range(settings.mu if any(gather_lists([bool(batches)])) else 0):
         for batch in batches:
             mask, advantages = batch["mask"], batch["advantages"]  # [row pos]
-            inputs = batch["prompt_ids"], batch["completion_ids"], mask, settings.temperature
-            log_probs = compute_group_log_probs(model, *inputs)  # [row pos]
+            inputs = {name: batch[name] for name in ("prompt_ids", "completion_ids", "mask")}
+            inputs["temperature"] = settings.temperature
+            log_probs = compute_group_log_probs(model, **inputs)  # [row pos]
             if update == 0:
                 # (!6) Before the first update these are log π_old. Later ones (µ > 1) keep them.
                 batch["old"], batch["ref"] = log_probs.detach(), None
                 if reference is not None:
                     with torch.no_grad():
-                        batch["ref"] = compute_group_log_probs(reference, *inputs)  # [row pos]
+                        batch["ref"] = compute_group_log_probs(reference, **inputs)  # [row pos]
             gap = batch["old"] - batch["sampled"]  # [row pos]
             if settings.sampler_cap:  # truncated importance sampling
                 advantages = advantages * gap.exp().clamp(max=settings.sampler_cap)
@@ -1335,8 +1336,8 @@ def fine_tune(model, tokenizer, problems, num_steps, seed, batch_size=32, learni
         texts = [demonstrate(p, *habit) + tokenizer.eos_token for p, habit in zip(batch, habits)]
         prompt_ids, prompt_mask = encode(tokenizer, prompts, "left", model.device)
         ids, mask = encode(tokenizer, texts, "right", model.device)  # each [row pos]
-        inputs = torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1)
-        log_probs = compute_log_probs(model, *inputs, ids.shape[1])  # [row pos]
+        whole, whole_mask = torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1)
+        log_probs = compute_log_probs(model, whole, whole_mask, ids.shape[1])  # [row pos]
         (-(log_probs * mask).sum() / mask.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -1504,11 +1505,11 @@ def main(argv=None):
                 )
             if settings.rehearsal:
                 say(f"{EXAMPLE}\n")
-            problems = load_data(settings)
-            model = load_model(settings)
+            train, test = load_data(settings)
+            model, tokenizer = load_model(settings)
         except (ValueError, OSError) as error:
             fail(error)
-        status = run(settings, *model, *problems)
+        status = run(settings, model, tokenizer, train, test)
     except FileExistsError as error:  # config.json: another run has begun meanwhile
         fail(f"{error.filename}: this folder already holds a run, choose --output-dir")
     except (RuntimeError, MemoryError) as error:

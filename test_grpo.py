@@ -8,8 +8,6 @@ Tests named test_erratum_N prove row N of the README's table of common mistakes.
 
 import ast
 import copy
-import dataclasses
-import functools
 import inspect
 import itertools
 import json
@@ -113,48 +111,28 @@ def test_samples_come_from_the_softmax_of_the_logits():
     assert abs(joint - probs[0, 0, 1] * probs[0, 1, 2]) < 0.01
 
 
-def test_log_probs_are_those_of_the_chosen_tokens():
-    model, responses = make_model(num_runs=2), EVERYTHING.expand(2, 3, -1, -1)
-    log_probs = gs.compute_log_probs(PROMPTS, responses, model)
-    wanted = model(PROMPTS).softmax(dim=-1).log()[:, :, range(3), EVERYTHING]
-    assert log_probs.shape == (2, 3, 125, 3) and torch.allclose(log_probs, wanted, atol=1e-5)
-
-
-def plain_delta(batch, b, i, mode):
-    """δ of response i to prompt b, with the statistics module and loops."""
-    group, r = batch[b], batch[b][i]
-    mean = statistics.mean(group)
-    return {
-        "rewards": lambda: r,
-        "centered_rewards": lambda: r - mean,
-        "normalized_rewards": lambda: (r - mean) / (statistics.stdev(group) + 1e-5),
-        "max_rewards": lambda: r if r == max(group) else 0.0,
-        "leave_one_out": lambda: r - statistics.mean(group[:i] + group[i + 1 :]),
-        "batch_normalized": lambda: (r - mean) / (statistics.stdev(sum(batch, [])) + 1e-5),
-        "max_likelihood": lambda: (r - mean) / mean if mean > 0 else 0.0,
-    }[mode]()
-
-
-@pytest.mark.parametrize("mode", gs.DELTAS)
+@pytest.mark.parametrize("mode", [*gs.DELTAS, "process"])
 def test_deltas_agree_with_plain_python(mode):
     rng = random.Random(1)
     runs = [[[float(rng.randint(0, 4)) for _ in range(5)] for _ in range(3)] for _ in range(4)]
-    runs[0][1] = [-2.0, 1.0, 0.0, -3.0, 0.0]  # mean < 0
-    runs[1][2] = [-1.0, 1.0, 0.0, -1.0, 1.0]  # mean 0
-    deltas = gs.compute_deltas(torch.tensor(runs, dtype=torch.float64), mode)
-    for run, b, i in itertools.product(range(4), range(3), range(5)):
-        wanted = plain_delta(runs[run], b, i, mode)  # batch statistics are those of the run alone
-        assert deltas[run, b, i].item() == pytest.approx(wanted, abs=1e-9)
-
-
-def test_process_deltas_agree_with_plain_python():
-    rng = random.Random(2)
-    group = [[float(rng.randint(0, 1)) for _ in range(3)] for _ in range(4)]
-    mean, std = statistics.mean(sum(group, [])), statistics.stdev(sum(group, []))
-    deltas = gs.compute_process_deltas(torch.tensor([[group]], dtype=torch.float64))[0, 0]
-    for i, t in itertools.product(range(4), range(3)):
-        wanted = sum((x - mean) / (std + 1e-5) for x in group[i][t:])
-        assert deltas[i, t].item() == pytest.approx(wanted)
+    runs[0][1], runs[1][2] = [-2.0, 1.0, 0.0, -3.0, 0.0], [-1.0, 1.0, 0.0, -1.0, 1.0]  # mean ≤ 0
+    compute = gs.compute_deltas if mode != "process" else lambda x, _: gs.compute_process_deltas(x)
+    deltas = compute(torch.tensor(runs, dtype=torch.float64), mode)
+    for n, b, i in itertools.product(range(4), range(3), range(5)):
+        batch = sum(runs[n], [])  # of one run; for process the batch is the group
+        group, r = (batch if mode == "process" else runs[n][b]), runs[n][b][i]
+        mean, std = statistics.mean(group), statistics.stdev(group) + 1e-5
+        wanted = {
+            "rewards": r,
+            "centered_rewards": r - mean,
+            "normalized_rewards": (r - mean) / std,
+            "max_rewards": r if r == max(group) else 0.0,
+            "leave_one_out": r - statistics.mean(group[:i] + group[i + 1 :]),
+            "batch_normalized": (r - mean) / (statistics.stdev(batch) + 1e-5),
+            "max_likelihood": (r - mean) / mean if mean > 0 else 0.0,
+            "process": sum((x - mean) / std for x in runs[n][b][i:]),
+        }[mode]
+        assert deltas[n, b, i].item() == pytest.approx(wanted, abs=1e-9)
 
 
 @pytest.mark.parametrize("mode", [*gs.DELTAS[1:], "process"])
@@ -212,22 +190,15 @@ def test_losses_agree_with_plain_python(mode, per_token, high):
 
 
 @pytest.mark.parametrize("mode", gs.LOSSES)
-def test_gradients_of_the_losses_on_policy_and_by_finite_differences(mode):
-    options = dict(generator=seeded(5), dtype=torch.float64)
-    old, deltas = -torch.rand(1, 2, 3, **options) - 0.5, torch.tensor([[1.5, -0.7]]).double()
+def test_gradients_of_the_losses(mode):
     # (!2) On policy all have the policy gradient, also if old_log_probs have a gradient of their
-    # own, as when one forgets to freeze them.
-    new = old.clone().requires_grad_()
-    gs.compute_loss(new, deltas, mode, new * 1.0).backward()
-    assert torch.allclose(new.grad, -deltas.unsqueeze(-1) / 6)
-    new = (old + 0.3 * torch.randn(1, 2, 3, **options)).requires_grad_()
-    if mode != "cispo":
-        loss = functools.partial(gs.compute_loss, deltas=deltas, mode=mode, old_log_probs=old)
-        assert torch.autograd.gradcheck(loss, new)
-    else:  # its weight is a constant, which a finite difference does not know
-        gs.compute_loss(new, deltas, mode, old).backward()
-        weight = (new - old).exp().detach().clamp(max=1.2)
-        assert torch.allclose(new.grad, -weight * deltas.unsqueeze(-1) / 6)
+    # own, as when one forgets to freeze them. The weight of cispo is a constant also off policy.
+    old = (-torch.rand(1, 2, 3, generator=seeded(5)) - 0.5).double()
+    deltas = torch.tensor([[1.5, -0.7]]).double()
+    for shift in (0.0, 0.3) if mode == "cispo" else (0.0,):
+        new = (old + shift).requires_grad_()
+        gs.compute_loss(new, deltas, mode, old if shift else new * 1.0).backward()
+        assert torch.allclose(new.grad, -min(math.exp(shift), 1.2) * deltas.unsqueeze(-1) / 6)
 
 
 def test_the_worked_example_against_numbers_worked_out_by_hand():
@@ -357,11 +328,6 @@ def test_every_variant_learns(change):
     assert learn(**change, num_runs=8, num_epochs=12).exact_match.mean() > 0.8
 
 
-def test_the_same_seed_gives_the_same_numbers_and_another_seed_others():
-    one, two, other = (learn(num_epochs=4, num_runs=3, seed=s) for s in (0, 0, 1))
-    assert one.records == two.records != other.records
-
-
 @pytest.mark.parametrize("optimizer, change", [
     # Plain gradient descent shows the scale of the gradient, which Adam hides.
     (torch.optim.SGD, dict(loss_mode="naive", num_steps_per_epoch=1, entropy_bonus=0.1)),
@@ -384,33 +350,32 @@ def test_every_run_trains_as_it_would_alone(optimizer, change, monkeypatch):
         model = gs.Model(5, 10, 3, 3)
         model.load_state_dict({name: p[run] for name, p in start.items()})
         alone = optimizer(model.parameters(), settings.learning_rate)
-        for epoch, (_, prompts, responses, rewards, deltas, old) in enumerate(epochs):
+        for epoch, (_, prompts, responses, rewards, _, old) in enumerate(epochs):
             if epoch % settings.compute_ref_model_period == 0:
                 ref_model = copy.deepcopy(model).requires_grad_(False)
             ref_log_probs = gs.compute_log_probs(prompts, responses[run], ref_model)
-            assert torch.equal(deltas[run], gs.compute_deltas(rewards[run], "normalized_rewards"))
-            losses, stopped = [], 0
+            deltas = gs.compute_deltas(rewards[run], "normalized_rewards")
+            losses = []
             for _ in range(settings.num_steps_per_epoch):
                 log_probs = gs.compute_log_probs(prompts, responses[run], model)
-                assert losses or torch.allclose(old[run], log_probs, atol=1e-5)
-                loss = gs.compute_loss(log_probs, deltas[run], settings.loss_mode, old[run])
+                loss = gs.compute_loss(log_probs, deltas, settings.loss_mode, old[run])
                 loss = loss - settings.entropy_bonus * gs.compute_entropy(prompts, model)
                 kl = log_probs, ref_log_probs, settings.kl_estimator, old[run]
                 loss = loss + settings.kl_penalty * gs.compute_kl_penalty(*kl)
                 losses.append(loss.item())
                 x = (log_probs - old[run]).detach()  # of samples of π_old: k3 of KL(π_old ‖ π)
                 if (x.exp() - x - 1).sum(-1).mean() > settings.target_kl:
-                    loss, stopped = 0 * loss, stopped + 1
+                    loss = 0 * loss
+                    stops.add((run, epoch))
                 alone.zero_grad()
                 loss.backward()
                 alone.step()
-            stops.add(stopped)
-            found = [result.curves[name][epoch, run].item() for name in ("loss", "mean_reward")]
-            wanted = [statistics.mean(losses), rewards[run].mean().item()]
-            assert found == pytest.approx(wanted, abs=1e-5) and stopped < len(losses)
+            assert result.curves["loss"][epoch, run].item() == pytest.approx(
+                statistics.mean(losses), abs=1e-5
+            )
         for p, trained in zip(model.parameters(), result.model.parameters()):
             assert torch.allclose(p, trained[run], atol=2e-5)
-    assert (len(stops) > 1) == (settings.target_kl < 1)  # then runs stop at different steps
+    assert bool(stops) == (settings.target_kl < 1)
 
 
 @pytest.mark.parametrize("period", [1, 2, 10])
@@ -495,11 +460,12 @@ def test_prompts_of_ones_own_and_batches_of_them():
     lambda: gs.compute_kl_penalty(TOKENS, TOKENS, "k3_weighted", GROUP),
     lambda: gs.sort_distance_reward(PROMPTS, torch.ones(3, 4, 1)),
     lambda: gs.exact_sort_reward(PROMPTS, torch.ones(3, 4, 1)),
-    lambda: gs.compute_reward(PROMPTS, EVERYTHING.expand(3, -1, -1), gs.sort_step_rewards),
+    *(lambda x=x: gs.compute_reward(PROMPTS, EVERYTHING.expand(3, -1, -1), lambda *_: x) for x in (
+        None, [[0.0] * 125] * 3, torch.zeros(3, 125, 3), torch.full((3, 125), math.nan))),
 ])  # fmt: skip
 def test_functions_refuse_what_cannot_work(call):
     # What would otherwise be broadcast, or do something else in silence.
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="need|no mode|no estimator|fit|must"):
         call()
 
 
@@ -515,19 +481,6 @@ def test_functions_refuse_what_cannot_work(call):
 def test_training_refuses_what_cannot_work(arguments):
     with pytest.raises((ValueError, RuntimeError)):
         learn(**arguments)
-
-
-@pytest.mark.parametrize("change, told", [
-    (lambda r: None, "None"), (lambda r: r.tolist(), r"\[\[3.0"),
-    (lambda r: r * math.nan, r"tensor\(\[\[nan"), (lambda r: r[..., :1], r"tensor\(\[\[3"),
-])  # fmt: skip
-def test_a_reward_function_is_told_what_it_returned(change, told):
-    def my_reward(prompts, responses):
-        return change(gs.sort_distance_reward(prompts, responses))
-
-    text = rf"my_reward must return a finite tensor \[3, 10\], not {told}"
-    with pytest.raises(ValueError, match=text):
-        gs.compute_reward(PROMPTS, PROMPTS.sort().values[:, None].expand(3, 10, 3), my_reward)
 
 
 # What a run shows, command line, study, README, results ===========================================
@@ -688,15 +641,16 @@ def test_wrong_usage_is_one_line_and_status_2(arguments, told, capsys, tmp_path,
     assert stop.value.code == 2 and re.fullmatch(r".+\n", error) and told in error
 
 
-@pytest.mark.parametrize("arguments, shown", [
-    (["--help"], "KL(?_old ? ?)"), (["--num-epochs", "1", "--num-runs", "1"], "log ? -4."),
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("command, shown", [
+    ("grpo_sort.py --help", "KL(?_old ? ?)"), ("grpo_gsm8k.py --help", "?: weight of the KL"),
+    ("grpo_sort.py --num-epochs 1 --num-runs 1", "log ? -4."),
 ])  # fmt: skip
-def test_a_console_without_greek_letters_gets_replacements(arguments, shown):
-    done = subprocess.run(
-        [sys.executable, "grpo_sort.py", *arguments], capture_output=True, text=True,
-        cwd=HERE, env=os.environ | {"PYTHONIOENCODING": "ascii"},
-    )  # fmt: skip
-    assert done.returncode == 0 and shown in done.stdout, done.stderr
+def test_a_console_without_greek_letters_gets_replacements(command, shown, encoding):
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "COLUMNS": "200"}
+    command = [sys.executable, *command.split()]
+    done = subprocess.run(command, capture_output=True, cwd=HERE, env=environment)
+    assert done.returncode == 0 and shown in done.stdout.decode(encoding), done.stderr
 
 
 def test_the_study_runs_from_end_to_end(tmp_path, monkeypatch):
@@ -820,8 +774,6 @@ def test_the_readmes_ladder_and_rehearsal_are_those_of_the_results():
 
 def test_results_say_what_made_them():
     table = (HERE / "results" / "README.md").read_text(encoding="utf-8")
-    made = json.loads((RESULTS / "results.json").read_text(encoding="utf-8"))
-    assert f"torch {made['torch'].split('+')[0]}" in table
     for path in (HERE / "results").glob("*/*.*"):
         assert path.name in table or f"`*{path.suffix}`" in table, path
 
@@ -1186,14 +1138,6 @@ def test_a_reward_function_that_returns_something_else_is_named(returned):
 
 
 # What a user sees ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_a_console_that_knows_no_greek_gets_replacements(encoding):
-    command = [sys.executable, gsm.__file__, "--help"]
-    environment = os.environ | {"PYTHONIOENCODING": encoding}
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
-    assert done.returncode == 0 and b"?" in done.stdout, done.stderr
-
-
 def test_a_gpu_without_bfloat16_computes_in_float32(start_folder, monkeypatch, capsys):
     cuda = dict(is_available=True, set_device=None, is_bf16_supported=False)
     for name, value in cuda.items():
@@ -1732,7 +1676,7 @@ def test_silent_groups_cost_nothing_and_prompts_are_read_once(monkeypatch):
     for silent, beta, rows in (([0, 2], 0, 8), ([0, 1, 2], 0, 0), ([0, 1, 2], 0.1, 24 + 12)):
         rollout = make_rollout(policy, silent=silent)
         change, metrics = update(policy, rollout, reference, beta=beta, mu=2, micro_batch_size=3)
-        assert sum(len(call.args[2]) for call in forward.call_args_list) == rows
+        assert sum(len(call.kwargs["mask"]) for call in forward.call_args_list) == rows
         assert change.any() == (rows > 0) and metrics["steps"] == 2 * (rows > 0)
         forward.reset_mock()
     monkeypatch.setattr(policy.model, "forward", read := mock.Mock(wraps=policy.model.forward))
@@ -2259,11 +2203,3 @@ def test_torchrun_trains_evaluates_and_saves_once(start_folder, tmp_path):
     alone = gsm.evaluate_model(*gsm.load_model(settings), test, 16)
     first = {"step": 0, "model": settings.model, **alone}
     assert read(tmp_path / "eval.jsonl")[0] == first and alone["examples"] == 5
-
-
-def test_every_setting_has_a_flag_and_its_help(capsys):
-    with pytest.raises(SystemExit):
-        gsm.main(["--help"])
-    text = re.sub(r"\s+", " ", capsys.readouterr().out)
-    for item in dataclasses.fields(gsm.Settings):
-        assert f"--{item.name.replace('_', '-')}" in text and item.metadata["help"] in text
