@@ -821,15 +821,18 @@ def tokenizer(problems):
     return gsm.make_tokenizer(problems[0][:500])
 
 
-def make_policy(vocab_size=450, seed=0, layers=2, scale=1.0, **config):
-    """A tiny random Qwen2; scale sharpens its distribution."""
+def make_policy(vocab_size=450, seed=0, scale=1.0, kind="Qwen2", **changes):
+    """A tiny random model; scale sharpens its distribution."""
     torch.manual_seed(seed)
     options = dict(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
-        max_position_embeddings=256, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False, head_dim=8,
+        max_position_embeddings=256, pad_token_id=0, bos_token_id=None, eos_token_id=1,
+        ffn_dim=64, word_embed_proj_dim=32, num_local_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
-    policy = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**options | config))
+    config = getattr(transformers, f"{kind}Config")(**options | changes)
+    name = f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
+    policy = getattr(transformers, name)(config)
     with torch.no_grad():
         policy.get_output_embeddings().weight *= scale
     return policy
@@ -1079,20 +1082,6 @@ def test_tags_that_are_special_tokens_stay_in_the_text(tokenizer):
     assert decoded == text and gsm.combined_reward([decoded], ["6"]) == [2.8]
 
 
-def tiny(kind, **changes):
-    """A small random model of another family."""
-    options = dict(
-        vocab_size=450, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, head_dim=8,
-        ffn_dim=64, word_embed_proj_dim=32, pad_token_id=0, bos_token_id=None, eos_token_id=1,
-        num_local_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**options | changes)
-    name = f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
-    return getattr(transformers, name)(config)
-
-
 @pytest.mark.parametrize("kind, changes, good", [
     ("Qwen2", {}, True), ("Llama", {}, True), ("OPT", {}, True), ("Mixtral", {}, True),
     ("Gemma2", {}, False), ("Granite", {"logits_scaling": 8.0}, False),
@@ -1100,7 +1089,7 @@ def tiny(kind, **changes):
 ])  # fmt: skip
 def test_a_head_that_is_more_than_a_product_is_refused(kind, changes, good):
     """Scored without cap or scale, another policy would be trained than the one that samples."""
-    model = tiny(kind, **changes).eval()
+    model = make_policy(kind=kind, **changes).eval()
     if good:
         return gsm.check_model(model)
     with pytest.raises(ValueError, match=f"{kind}ForCausalLM.*capped or scaled"):
@@ -1115,7 +1104,7 @@ def test_a_head_that_is_more_than_a_product_is_refused(kind, changes, good):
 ])  # fmt: skip
 def test_no_dropout_nor_other_noise_in_training(kind, changes, checkpointing):
     """The ratio must be 1 before the first update, whatever the checkpoint's configuration says."""
-    policy = tiny(kind, **changes).train()
+    policy = make_policy(kind=kind, **changes).train()
     if checkpointing:
         new = getattr(policy, "activation_checkpointing_enable", None)
         (new or policy.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -1405,15 +1394,10 @@ def test_the_second_worked_example_is_what_the_functions_give():
     table["process"] = [process[i, end].item() for i, row in enumerate(ends) for end, _ in row]
     found = dict(re.findall(r"(?m)^(\w+|step rewards)  +([-\d. ]+)", gsm.EXAMPLE))
     for name in {*table} - {"batch_normalized"}:
-        numbers, digits = (
-            [float(x) for x in found.pop(name).split()],
-            0.051 if name == "process" else 0.006,
-        )
-        assert numbers == pytest.approx(table[name], abs=digits), name
-    assert (
-        not {*found} - {"answer", "reasoning"}
-        and f"mean {rewards.mean():.2f}, std {rewards.std():.2f}" in gsm.EXAMPLE
-    )
+        numbers = [float(x) for x in found.pop(name).split()]
+        assert numbers == pytest.approx(table[name], abs=0.051 if name == "process" else 0.006)
+    assert {*found} == {"answer", "reasoning"}
+    assert f"mean {rewards.mean():.2f}, std {rewards.std():.2f}" in gsm.EXAMPLE
     x, advantages = torch.zeros(4, 5, requires_grad=True), torch.tensor(table["normalized"])
     loss, _ = gsm.grpo_loss(x, x, None, advantages, torch.ones(4, 5), beta=0)
     gradient, wanted = torch.autograd.grad(loss, x)[0], -advantages[:, None].expand(4, 5) / (4 * 5)
@@ -1981,9 +1965,13 @@ def test_erratum_12_a_penalty_needs_a_second_model(start_folder, tmp_path, monke
         return learn(*inputs, **sizes)
 
     monkeypatch.setattr(gsm, "update_policy", look)
+    rollout = mock.Mock(wraps=gsm.collect_rollout)
+    monkeypatch.setattr(gsm, "collect_rollout", rollout)
     for beta in (0.1, 0):
         assert gsm.main(flags(start_folder, tmp_path / f"{beta}", beta=beta, eval_examples=0)) == 0
     assert [reference for _, reference in seen[6:]] == [None] * 6
+    seeds = [call.args[4].initial_seed() for call in rollout.call_args_list]
+    assert len({*seeds[:6]}) == 6 and seeds[:6] == seeds[6:]  # other samples at each step
     for i, (policy, reference) in enumerate(seen[:6]):  # against the policy at the round's start
         assert all(map(torch.equal, reference, seen[i // 3 * 3][0]))
         assert all(map(torch.equal, reference, policy)) == (i % 3 == 0)
