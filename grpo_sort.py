@@ -670,7 +670,8 @@ def make_parser():
     add("--classic", action="store_true", help="start from the classic settings, show samples")
     add("--compare", nargs="+", metavar=("SETTING", "VALUE"), help="a row for each value")
     add("--out", type=Path, default="runs/sort", help="folder for curves.png (runs/sort)")
-    add = parser.add_argument_group("settings, of the recipe or of --classic").add_argument
+    title = "settings of the recipe, or of --classic (in brackets: the classic value)"
+    add = parser.add_argument_group(title).add_argument
     for name, (kind, text) in SETTINGS.items():
         options = dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind, metavar="X")
         if name == "prompts":
@@ -710,8 +711,8 @@ def main(argv=None):
             name, *values = args.compare
             if name not in SETTINGS or not values:
                 raise ValueError(f"--compare needs a setting and values: {', '.join(SETTINGS)}")
-            flag = "--" + name.replace("_", "-")
-            rows = {x: base | given_settings(parser.parse_args([flag, x])) for x in values}
+            given = [parser.parse_args(["--" + name.replace("_", "-"), x]) for x in values]
+            rows = {x: base | given_settings(args) for x, args in zip(values, given)}
             draw_curves(train_table(name, rows), args.out)
         elif args.classic or given.keys() - common.keys():
             exact = run_policy_gradient(**base, on_epoch=show_epoch).exact_match

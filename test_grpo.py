@@ -147,20 +147,6 @@ def test_a_group_of_equal_rewards_has_no_signal_and_no_nan(mode):
         assert deltas.abs().max() == (reward if mode == "max_rewards" else 0)
 
 
-@pytest.mark.parametrize("mode", ["centered_rewards", "normalized_rewards"])
-def test_erratum_9_the_length_bias_comes_from_dividing_by_the_length(mode):
-    # Of three completions the two wrong ones have 2 and 6 tokens. With or without the division by
-    # the std, which they share, only loss_type "grpo" pushes a token of the longer one less.
-    deltas = gs.compute_deltas(torch.tensor([[1.0, 0.0, 0.0]]), mode)[0]
-    mask = (torch.arange(6) < torch.tensor([[4], [2], [6]])).long()
-    for loss_type, factor in (("grpo", 3), ("dr_grpo", 1)):
-        new = torch.full((3, 6), -1.0, requires_grad=True)
-        options = dict(beta=0.0, loss_type=loss_type, max_completion_length=6)
-        gsm.grpo_loss(new, new, None, deltas, mask, **options)[0].backward()
-        short, long = new.grad[1:, 0].tolist()
-        assert short == pytest.approx(factor * long) and long > 0
-
-
 def plain_loss(log_probs, old, deltas, mode, low, high):
     """The loss of one run with math.exp and loops; deltas[b][i][t]."""
     terms = []
@@ -215,14 +201,6 @@ def test_the_worked_example_against_numbers_worked_out_by_hand():
     assert "is 0.0, as on the first step" in text and "its ratio is 1.35," in text  # e^0.3
 
 
-def test_the_kl_penalty_is_summed_over_pos_and_averaged_over_the_rest():
-    # A mean over pos would weigh β differently.
-    new, ref, old = -torch.rand(3, 2, 4, 3, 5)  # each [run batch trial pos]
-    kl = (new - ref).sum(dim=-1).mean(dim=(-2, -1))
-    assert torch.allclose(gs.compute_kl_penalty(new, ref, "k1", old), kl, atol=1e-6)
-    assert torch.allclose(gs.compute_kl_penalty(new[0], ref[0], "k1"), kl[0], atol=1e-6)
-
-
 def test_gae_is_the_discounted_sum_of_its_definition_and_gives_constants():
     # Constants, because token rewards may hold a KL penalty, and that a gradient.
     rewards, values = torch.randn(2, 2, 3, 5, dtype=torch.float64, requires_grad=True)
@@ -241,14 +219,10 @@ def test_the_critic_does_not_see_the_token_that_it_judges():
     critic.value_weights.data.normal_(generator=seeded(1))  # they start at 0
     responses = torch.zeros(2, 3, 4, 3, dtype=torch.long)
     before = critic(PROMPTS, responses)  # [run batch trial pos]
-    responses[..., 1] = 4
-    after = critic(PROMPTS, responses)
+    after = critic(PROMPTS, responses.index_fill(-1, torch.tensor(1), 4))
     change = (after - before).abs().amax(dim=(0, 1, 2))
     assert change[0] == change[1] == 0 and change[2] > 1e-3
     assert len(before[0].unique()) == 9  # for each prompt and position another
-    one = gs.Critic(5, 3, 1, seeded(0))
-    one.load_state_dict({name: p[1:] for name, p in critic.state_dict().items()})
-    assert torch.allclose(after[1:], one(PROMPTS, responses[1:]), atol=1e-6)
 
 
 def test_erratum_7_the_critic_learns_the_mean_reward(monkeypatch):
@@ -264,11 +238,6 @@ def test_erratum_7_the_critic_learns_the_mean_reward(monkeypatch):
 @pytest.fixture(scope="module")
 def gradients():
     return sort_study.measure_gradients(num_runs=4, seed=0)
-
-
-def test_erratum_1_the_quotient_of_log_probs_unlearns(gradients):
-    assert (gradients["6b", "exp(log π − log π_old)"]["cosine"] > 0.9999).all()
-    assert (gradients["6b", "log π / log π_old"]["cosine"] < -0.9).all()
 
 
 def test_erratum_11_with_the_ratio_upside_down_k3_is_another_divergence(gradients):
@@ -386,15 +355,13 @@ def test_erratum_4_the_recorded_kl_is_to_a_frozen_copy_that_is_renewed(period):
     after = [learn(**settings, num_epochs=n) for n in (1, 2, 3, 4)]
     models = [gs.Model(5, 10, 3, 3, 0.1, 3, seeded(0)), *(result.model for result in after)]
     probs = [model(PROMPTS).softmax(dim=-1).detach() for model in models]  # [run batch pos vocab]
-    for n, model in enumerate(models[1:]):
-        p, q = probs[n + 1], probs[n // period * period]
-        entropy = -(p * p.log()).sum(dim=-1).mean(dim=(-2, -1))  # [run], as these:
-        right = gs.sorts_greedily(PROMPTS, model).float().mean(dim=-1)
-        kl = (p * (p / q).log()).sum(dim=(-2, -1)).mean(dim=-1)
+    for n, p in enumerate(probs[1:]):
+        kl = (p * (p / probs[n // period * period]).log()).sum(dim=(-2, -1)).mean(dim=-1)  # [run]
+        entropy = -(p * p.log()).sum(dim=-1).mean(dim=(-2, -1))  # [run]
+        right = (p.argmax(-1) == PROMPTS.sort(-1).values).all(-1).float().mean(-1)  # [run]
         for name, wanted in dict(kl=kl, entropy=entropy, batch_exact_match=right).items():
             assert torch.allclose(after[-1].curves[name][n], wanted, atol=1e-5), name
         assert kl.min() > 1e-4
-        assert torch.allclose(gs.compute_entropy(PROMPTS, model), entropy, atol=1e-5)
 
 
 def test_erratum_6_the_penalty_pulls_to_the_reference_not_to_the_old_policy():
@@ -711,29 +678,22 @@ def test_every_command_of_the_readme_names_a_file_and_flags_that_exist(monkeypat
     assert len(commands) > 8
 
 
-def test_the_committed_results_meet_the_targets():
-    rows = [(row["table"].split(".")[0], row) for row in read_rows(RESULTS)]
-    assert [x for table, x in rows if table == "2b"][-1]["exact_match"] == [1.0] * 32  # the recipe
-    free = ("split", "num_epochs", "batch_size", "num_runs")
-    recipe = {k: getattr(x, "__name__", x) for k, x in sort_study.UNSEEN.items()}
-    recipe = {k: x for k, x in recipe.items() if k not in free}.items()
-    for name in ("5a", "5b"):
-        best = [row for table, row in rows if table == name and recipe <= row["settings"].items()]
-        assert len(best) == 1 and statistics.mean(best[0]["unseen"]) >= 0.99
-    for table, row in rows:
-        runs = min(len(x) for x in row.values() if isinstance(x, list))
-        assert runs >= {"5a": 8, "5b": 8, "6e": 1}.get(table, 32), (table, row["label"])
-
-
-def test_the_committed_results_are_those_of_the_study():
+def test_the_committed_results_are_those_of_the_study_and_meet_the_targets():
     # After a change of a table in TABLES they must be made again.
     text, rows = (RESULTS / "tables.md").read_text(encoding="utf-8"), read_rows(RESULTS)
-    found = {(row["table"], row["label"]): row["settings"] for row in rows}
+    found = {(row["table"], row["label"]): row for row in rows}
     for title, label, _, written in sort_study.plan_rows(sort_study.TABLES, seed=0):
-        assert json.loads(json.dumps(written)) == found[title, label]
+        assert json.loads(json.dumps(written)) == found[title, label]["settings"]
     for title in dict.fromkeys(row["table"] for row in rows):
         lines = sort_study.format_table([row for row in rows if row["table"] == title])
         assert "\n".join((f"## {title}", "", *lines, "")) in text
+        least = {"5a": 8, "5b": 8, "6e": 1}.get(title.split(".")[0], 32)
+        lists = [x for row in rows if row["table"] == title for x in row.values()]
+        assert min(len(x) for x in lists if isinstance(x, list)) >= least
+    recipe = found[sort_study.TITLES["2b"], "+ learning_rate 0.005"]
+    assert recipe["exact_match"] == [1.0] * 32
+    for name in ("5a", "5b"):
+        assert statistics.mean(found[sort_study.TITLES[name], "base"]["unseen"]) >= 0.99
 
 
 def test_the_committed_benchmarks_meet_the_targets():
@@ -772,12 +732,6 @@ def test_the_readmes_ladder_and_rehearsal_are_those_of_the_results():
     assert numbers + f"fine-tuning to {other} %" in " ".join(README.split())
 
 
-def test_results_say_what_made_them():
-    table = (HERE / "results" / "README.md").read_text(encoding="utf-8")
-    for path in (HERE / "results").glob("*/*.*"):
-        assert path.name in table or f"`*{path.suffix}`" in table, path
-
-
 def test_the_numbers_in_the_readme_are_those_of_the_results():
     number = r"-?\d[\d,]*(?:\.\d+)?"  # as in "62.5 ± 9.5" and "19 of 32"
     measured = re.compile(rf"{number} ± {number}|(?<![\d.,])\d+ of \d+(?![.\d])").findall
@@ -796,8 +750,9 @@ def test_the_numbers_in_the_readme_are_those_of_the_results():
     # Outside these blocks no measured figure: a mean with its interval stands nowhere else.
     for x in measured(re.sub(r"<!-- from .*?<!-- end -->", "", text, flags=re.S)):
         assert x in numbers or " of " in x, f"README.md says {x}, which results/ does not"
-    for image in re.findall(r"!\[.*?\]\((results/\S+?)\)", README):
-        assert (HERE / image).exists()
+    table = (HERE / "results" / "README.md").read_text(encoding="utf-8")
+    for path in (HERE / "results").glob("*/*.*"):
+        assert path.name in table or f"`*{path.suffix}`" in table, path
 
 
 # grpo_gsm8k.py ====================================================================================
@@ -852,23 +807,18 @@ class Words:
 
 # Data ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("data, line", [
-    (None, ""), (b"\n\n", ""), (b"[1]\n", "1:"), (b'{"question": ', "1:"),
+    (None, ""), (b"\n\n", ""), (b"[1]\n", "1:"), (b'{"question": ', "1:"), (b"[" * 100_000, "1:"),
     (b'{"answer": "#### 1"}', "1:"), (b'{"question": "  ", "answer": "#### 1"}', "1:"),
-    (b'{"question": "q", "answer": "18"}', "1:"), (b'{"question": "q", "answer": "#### "}', "1:"),
-    (b'{"question": "q", "answer": 1}', "1:"), (b'{"question": 1, "answer": "#### 1"}', "1:"),
-    (b'\n{"question": "q", "answer": "#### many"}', "2:"), (b"[" * 100_000, "1:"),
+    (b'{"question": "q", "answer": "18"}', "1:"), (b'{"question": 1, "answer": "#### 1"}', "1:"),
+    (b'\n{"question": "q", "answer": "#### many"}', "2: .* no number .* 'many'.*README"),
     (b'{"question": "\\ud800", "answer": "#### 1"}', "1:"), (b'"\xe9"', "1:"),
 ], ids=lambda x: repr(x)[:40])  # fmt: skip
 def test_bad_data_is_refused_with_file_and_line(tmp_path, data, line):
     """A bad row must not end in a traceback from the middle of training, nor be left out."""
-    path = tmp_path / "rows.jsonl"
     if data is not None:
-        path.write_bytes(data)
-    with pytest.raises((ValueError, OSError)) as error:
-        gsm.load_problems(path)
-    assert f"{path}" in str(error.value) and f"{path}:{line}" in str(error.value) or not data
-    if data and b"many" in data:  # what is wrong is told, and where to change it
-        assert "many" in str(error.value) and "README" in str(error.value)
+        (tmp_path / "rows.jsonl").write_bytes(data)
+    with pytest.raises((ValueError, OSError), match=f"rows.jsonl.?:?{line}"):
+        gsm.load_problems(tmp_path / "rows.jsonl")
 
 
 def test_rows_keep_question_and_final_number(tmp_path, monkeypatch):
@@ -963,6 +913,9 @@ def test_erratum_8_samples_come_from_the_distribution_that_is_scored():
     expected = G * (policy(ids[:1]).logits[0, -1] / T).softmax(-1)
     chi_squared = ((tokens[:, 0].bincount(minlength=10) - expected) ** 2 / expected).sum().item()
     assert chi_squared < 9 + 4 * math.sqrt(2 * 9)
+    for temperature in (0, 1):  # on a GPU a device-side assert, which names no cause
+        with pytest.raises(FloatingPointError):
+            gsm.sample_tokens(torch.tensor([[0.0, 1.0], [0.0, math.nan]]), temperature)
 
 
 @pytest.mark.parametrize("learned_positions", [False, True])
@@ -1000,13 +953,6 @@ def test_left_padding_and_cache_change_no_log_probability(learned_positions, dec
         assert (sampled[row, n:] == 0).all() and (completions[row, n:] == 0).all()
 
 
-def test_logits_that_are_not_finite_are_an_error_not_a_crash():
-    """On a GPU sampling from nan is a device-side assert, which names no cause."""
-    for temperature in (0, 1):
-        with pytest.raises(FloatingPointError):
-            gsm.sample_tokens(torch.tensor([[0.0, 1.0], [0.0, math.nan]]), temperature)
-
-
 # Log-probabilities --------------------------------------------------------------------------------
 def test_log_probs_and_their_gradient_are_those_of_the_whole_table():
     """(!4): chunks, recomputation, shift by one, temperature: against all of log_softmax."""
@@ -1017,17 +963,16 @@ def test_log_probs_and_their_gradient_are_those_of_the_whole_table():
     logits = policy(ids, attention_mask=mask, position_ids=positions).logits.float()
     expected = (logits / T).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[:, -6:, 0]
     wanted = torch.autograd.grad((expected * weights).sum(), list(policy.parameters()))
-    for chunk in (1, 4, 5, 1000):
+    for chunk in (1, 5, 1000):
         log_probs = gsm.compute_log_probs(policy, ids, mask, 6, T, chunk)
         assert log_probs.dtype == torch.float32 and torch.allclose(log_probs, expected, atol=1e-5)
         given = torch.autograd.grad((log_probs * weights).sum(), list(policy.parameters()))
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(given, wanted))
-    logits = 300 * torch.randn(3, 11, 40, generator=seeded()).bfloat16()
+    logits = 300 * logits.detach().bfloat16()
     expected = logits.double().log_softmax(-1).gather(-1, ids[..., None])[..., 0]  # not in bfloat16
     assert torch.allclose(gsm.selective_log_softmax(logits, ids).double(), expected, atol=1e-4)
-    for too_many in (0, 11):
-        with pytest.raises(ValueError):
-            gsm.compute_log_probs(policy, ids, mask, too_many)
+    with pytest.raises(ValueError):
+        gsm.compute_log_probs(policy, ids, mask, 11)
 
 
 def test_the_memory_of_log_probs_does_not_hold_the_whole_table():
@@ -1139,43 +1084,25 @@ def test_a_gpu_without_bfloat16_computes_in_float32(start_folder, monkeypatch, c
 
 def test_the_second_of_two_runs_in_a_folder_is_refused(start_folder, tmp_path, monkeypatch, capsys):
     """Both have passed the first look at the folder."""
-    begin = gsm.load_model
-
-    def slowly(settings):
-        (tmp_path / "config.json").write_text("of the other run")
-        return begin(settings)
-
-    monkeypatch.setattr(gsm, "load_model", slowly)
+    config, load = tmp_path / "config.json", gsm.load_model
+    begin = lambda settings: config.write_text("the other's") and load(settings)  # noqa: E731
+    monkeypatch.setattr(gsm, "load_model", begin)
     status, line = refused(flags(start_folder, tmp_path), capsys)
-    assert status == 2 and "already holds a run" in line
-    assert (tmp_path / "config.json").read_text() == "of the other run"
+    assert status == 2 and "already holds a run" in line and config.read_text() == "the other's"
 
 
-OWN_TASK = re.search(r"```python\n(import grpo_gsm8k.*?main\(\)\))", README, re.S)
-
-
-def test_the_readmes_own_task_runs_as_printed(start_folder, tmp_path):
+def test_the_readmes_own_task_and_use_of_a_final_model_run_as_printed(start_folder, tmp_path):
     """Ten lines, without a fork: other data, another prompt, another reward, the same trainer."""
-    rows = [{"question": f"Capital {i}?", "answer": "Paris"} for i in range(8)]
-    (tmp_path / "capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "own_task.py").write_text(OWN_TASK.group(1))
-    tiny = flags(start_folder, tmp_path / "run", num_steps=1, num_iterations=1, batch_size=2)
-    tiny[tiny.index("--train-file") + 1] = tiny[tiny.index("--eval-file") + 1] = str(
-        tmp_path / "capitals.jsonl"
-    )
-    in_shell(str(tmp_path / "own_task.py"), *tiny)
-    assert read(tmp_path / "run" / "eval.jsonl")[0]["examples"] == 5
-    assert read(tmp_path / "run" / "samples.jsonl")[0]["answer"] == "Paris"
-
-
-def test_the_readmes_use_of_a_final_model_runs_as_printed(
-    start_folder, tmp_path, monkeypatch, capsys
-):
-    shutil.copytree(start_folder / "model", tmp_path / "runs/gsm8k/final")
-    (tmp_path / "runs/gsm8k/final/grpo.json").write_text('{"system_prompt": "Add."}')
-    monkeypatch.chdir(tmp_path)
-    exec(re.search(r"```python\n(import json, transformers.*?)```", README, re.S).group(1), {})
-    assert capsys.readouterr().out.strip()
+    own, use = re.findall(r"```python\n(.*?)```", README, re.S)[::-1]
+    data = tmp_path / "capitals.jsonl"
+    data.write_text((json.dumps({"question": "Capital?", "answer": "Paris"}) + "\n") * 8)
+    (tmp_path / "own.py").write_text(own)
+    options = dict(num_steps=1, num_iterations=1, batch_size=2, train_file=data, eval_file=data)
+    run = tmp_path / "runs/gsm8k"
+    in_shell(str(tmp_path / "own.py"), *flags(start_folder, run, **options))
+    assert read(run / "eval.jsonl")[0]["examples"] == 5
+    assert read(run / "samples.jsonl")[0]["answer"] == "Paris"
+    assert in_shell("-c", use.replace("runs/gsm8k", str(run))).strip()
 
 
 # Advantages ---------------------------------------------------------------------------------------
@@ -1203,13 +1130,10 @@ def test_process_advantages_sum_the_normalised_rewards_of_later_steps():
     expected = [[sum(x for end, x in row if end >= t) for t in range(5)] for row in scores]
     given = gsm.compute_process_advantages(STEPS, MASK)
     assert torch.allclose(given, torch.tensor(expected) * MASK, atol=1e-5)
-    whole = [[(end, int(reward)) for end, reward in row] for row in STEPS]
-    assert torch.equal(gsm.compute_process_advantages(whole, MASK), given)
     others = [[(end, 5 * reward + 3) for end, reward in row] for row in STEPS[::-1]]
     both = gsm.compute_process_advantages(STEPS + others, torch.cat([MASK, MASK.flip(0)]), 4)
     assert torch.equal(both[:4], given) and torch.allclose(both[4:], given.flip(0), atol=1e-3)
-    same = gsm.compute_process_advantages([[(0, 0.7)], [(1, 0.7), (2, 0.7)]], torch.ones(2, 3))
-    assert (same == 0).all()
+    assert not gsm.compute_process_advantages([[(0, 0.7)], [(1, 0.7), (2, 0.7)]], MASK[:2]).any()
 
 
 # The loss -----------------------------------------------------------------------------------------
@@ -1320,9 +1244,8 @@ def test_what_does_not_fit_is_refused(function, change):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("beta, estimator", [(0.0, "k3"), (0.3, "k3"), (0.3, "k3_weighted")])
 def test_erratum_13_the_loss_is_that_of_trl(kind, level, beta, estimator):
-    """TRL's own _compute_loss (1.16 was compared), with a stub for a trainer; k3_weighted is TRL's
-    default, k3 its use_bias_correction_kl=False; its bnpo is dapo over the tokens at hand. At the
-    sequence level TRL weights k3 by the ratio of the sequence (issue 6586): erratum 14."""
+    """TRL's own _compute_loss (1.16), with a stub for a trainer. bnpo is dapo over the tokens at hand.
+    At the sequence level TRL weights k3 by the ratio of the sequence: erratum 14."""
     trl, mock = pytest.importorskip("trl"), pytest.importorskip("unittest.mock")
     log_probs, old, reference, advantages, mask = random_step()
     theirs_in = log_probs.detach().clone().requires_grad_()
@@ -1334,13 +1257,13 @@ def test_erratum_13_the_loss_is_that_of_trl(kind, level, beta, estimator):
         _entropy_bonus_enabled=False, _metrics={"eval": mock.MagicMock()},
     )  # fmt: skip
     stub._get_per_token_logps_and_entropies.return_value = theirs_in, theirs_in.detach(), None
-    assert trl.GRPOConfig.__dataclass_fields__["use_bias_correction_kl"].default
+    assert trl.GRPOConfig.__dataclass_fields__["use_bias_correction_kl"].default  # k3_weighted
     stub.args.use_bias_correction_kl = estimator == "k3_weighted"
     stub.args.delta, stub.model.training = None, False
     stub.accelerator.num_processes, stub.accelerator.gather = 1, lambda x: x
-    names = "advantages old_per_token_logps ref_per_token_logps completion_mask num_items_in_batch"
-    inputs = dict(zip(names.split(), (advantages, old, reference, mask, torch.tensor(29))))
-    inputs |= dict.fromkeys(("prompt_ids", "prompt_mask", "completion_ids"), mask)
+    inputs = dict.fromkeys(("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"), mask)
+    inputs |= dict(advantages=advantages, old_per_token_logps=old, ref_per_token_logps=reference)
+    inputs["num_items_in_batch"] = torch.tensor(29)
     theirs = trl.GRPOTrainer._compute_loss(stub, None, inputs)
     ours, _ = gsm.grpo_loss(
         log_probs, old, reference, advantages, mask, epsilon=0.1, epsilon_high=0.3, beta=beta,
@@ -1348,9 +1271,10 @@ def test_erratum_13_the_loss_is_that_of_trl(kind, level, beta, estimator):
         kl_estimator=estimator, max_completion_length=9, num_items=None if kind == "bnpo" else 29,
     )  # fmt: skip
     (theirs + ours).backward()
-    if level == "sequence" and estimator == "k3_weighted":
-        known = trl.__version__.startswith("1.16")  # other versions may have mended it
-        assert not known or ours.item() != pytest.approx(theirs.item(), rel=1e-6)
+    if level == "sequence" and estimator == "k3_weighted":  # other versions may have mended it
+        assert trl.__version__[:4] != "1.16" or ours.item() != pytest.approx(
+            theirs.item(), rel=1e-6
+        )
         return
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
     assert torch.allclose(log_probs.grad, theirs_in.grad, rtol=1e-9, atol=1e-12)
@@ -1483,37 +1407,26 @@ def test_arithmetic_is_that_of_python_on_random_expressions():
     assert [judge(line) for line in lines] == [1, 1, 0, None, 1]
 
 
-def plant_mistake(line, draw):
-    """The last result of a line, changed by 1, 2 or 10 → line, or None without a result"""
-    results = list(re.finditer(r"=\s*\$?\s*([0-9][0-9,]*(?:\.[0-9]+)?)(?![0-9])", line))
-    if not results:
-        return None
-    shown = results[-1].group(1)
-    wrong = float(shown.replace(",", "")) + draw.choice([1, -1, 2, 10])
-    begin, end = results[-1].span(1)
-    return f"{line[:begin]}{wrong:.{len(shown.partition('.')[2])}f}{line[end:]}"
-
-
 @needs_gsm8k
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_step_checker_on_the_reasoning_of_gsm8k(split):
-    """A planted mistake counts as caught only if its line is judged, and judged wrong."""
-    total = judged = blamed = planted = caught = 0
-    draw = random.Random(0)
+    """A mistake planted in the last result of a line counts as caught only if it is judged."""
+    draw, verdicts, spoiled = random.Random(0), [], []
     for row in Path(GSM8K, f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
-        for line in json.loads(row)["answer"].partition("\n####")[0].split("\n"):
-            plain = re.sub("<<.*?>>", "", line)
-            if "=" not in plain:
-                continue
-            verdict = judge(plain)
-            total, judged = total + 1, judged + (verdict is not None)
-            blamed += verdict == 0
-            spoiled = plant_mistake(plain, draw) if verdict == 1 else None
-            if spoiled:
-                planted, caught = planted + 1, caught + (judge(spoiled) == 0)
-    print(f"{split}: judged {judged / total:.4f}, blamed {blamed / judged:.5f} of {total} lines, ")
-    print(f"caught {caught / planted:.4f} of {planted}")
-    assert judged / total >= 0.6 and blamed / judged <= 0.002 and caught / planted >= 0.97
+        text = re.sub("<<.*?>>", "", json.loads(row)["answer"].partition("\n####")[0])
+        for line in (line for line in text.split("\n") if "=" in line):
+            verdicts.append(judge(line))
+            wrong = lambda m: m[1] + str(int(m[2]) + draw.choice([1, 2, 10]))  # noqa: E731
+            planted = re.sub(r"(.*=\s*\$?\s*)([0-9]+)(?![0-9,])", wrong, line, count=1)
+            if verdicts[-1] == 1 and planted != line:
+                spoiled.append(judge(planted))
+    judged = [x for x in verdicts if x is not None]
+    share, caught = len(judged) / len(verdicts), spoiled.count(0) / len(spoiled)
+    blamed = judged.count(0) / len(judged)
+    print(
+        f"{split}: {len(verdicts)} lines, judged {share:.4f}, blamed {blamed:.5f}, caught {caught:.4f}"
+    )
+    assert share >= 0.6 and blamed <= 0.002 and caught >= 0.97 and len(spoiled) > 2000
 
 
 HOSTILE = "9|1,|1=|(|(1|(1+1)=|\\frac{|\\boxed{|<|<<|<answer>|.|-|<reasoning>|\ud800|1/|٣|$|1%|*|**"
@@ -1608,9 +1521,7 @@ def update_by_hand(policy, reference, optimizer, rollout, settings):
         loss, seen = gsm.grpo_loss(log_probs, old, ref, advantages * weight, mask, **options)
         optimizer.zero_grad()
         loss.backward()
-        norm = math.sqrt(sum((p.grad**2).sum().item() for p in policy.parameters()))
-        for p in policy.parameters():
-            p.grad *= min(1.0, settings.max_grad_norm / norm)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm).item()
         optimizer.step()
         clipped = (seen["clip_fraction_low"] + seen["clip_fraction_high"]).item()
         logged.append([loss.item(), clipped, norm, float(seen.get("kl", 0))])
@@ -1856,28 +1767,24 @@ def finished_run(request, start_folder, tmp_path_factory):
     return out, lambda out: flags(start_folder, out, *options), getattr(torch, request.param)
 
 
-def test_a_run_leaves_everything_behind(finished_run, start_folder):
+def test_a_run_leaves_everything_behind(finished_run):
     """Every number of the glossary in every line; float32 masters in the last two checkpoints; a
     final model in the precision that was trained and evaluated, not in that of the masters."""
     out, _, dtype = finished_run
     glossary = GSM_SOURCE.partition("# 10. The training loop")[2].partition("# 11. ")[0]
     assert all(re.search(rf"(?m)^# .*\b{name}\b", glossary) for name in METRICS)
     for line in read(out / "metrics.jsonl"):
-        assert {*METRICS, "step"} <= {*line} and line.pop("peak_memory_bytes") is None  # no GPU
+        assert {*METRICS, "step"} == {*line} and line.pop("peak_memory_bytes") is None  # no GPU
         assert None not in line.values() and line["learning_rate"] == 1e-3 and line["entropy"] > 1
         assert 0 <= line["logprob_gap"] < (1e-5 if dtype == torch.float32 else 0.05)
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert read(out / name, "step") == [*range(1, 7)]
     assert read(out / "eval.jsonl", "step") == [0, 2, 4, 6] and [*checkpoints(out)] == [4, 6]
     assert json.loads((out / "config.json").read_text())["settings"]["mu"] == 2
-    final, before = (
-        gsm.AutoModelForCausalLM.from_pretrained(path)  # in the precision of the file
-        for path in (out / "final", start_folder / "model")
-    )
+    final = gsm.AutoModelForCausalLM.from_pretrained(out / "final")  # in the file's precision
     for parameter, master in zip(final.parameters(), checkpoints(out)[6], strict=True):
         assert parameter.dtype == dtype and master.dtype == torch.float32
         assert torch.equal(parameter, master.to(dtype))
-    assert (final.lm_head.weight - before.lm_head.weight).abs().max() > 1e-3
 
 
 def at_call(n, owner, name, then):
@@ -1993,21 +1900,21 @@ def refused(arguments, capsys):
 def test_three_steps_without_numbers_end_the_run(start_folder, tmp_path, monkeypatch):
     """Not three of many; and what is saved is the last good model."""
     changes = dict(num_iterations=1, eval_examples=0, mu=1, num_steps=9, save_every=1)
-    factors, compute = iter([1, math.nan, math.nan, 1, math.nan, math.nan, math.nan]), gsm.grpo_loss
-    now, learn = [], gsm.update_policy
+    changes |= dict(micro_batch_size=4, batch_size=1, beta=1)  # one loss a step
+    factors, compute = iter([1, *[math.nan] * 2, 1, *[math.nan] * 3]), gsm.grpo_loss
 
     def scaled(*arguments, **options):
         loss, metrics = compute(*arguments, **options)
-        return loss * now[-1], metrics
+        return loss * next(factors), metrics
 
     monkeypatch.setattr(gsm, "grpo_loss", scaled)
-    begin = lambda *a, **k: now.append(next(factors)) or learn(*a, **k)  # noqa: E731
-    monkeypatch.setattr(gsm, "update_policy", begin)
     with pytest.raises(FloatingPointError, match="--learning-rate"):
         gsm.main(flags(start_folder, tmp_path, **changes))
-    metrics = read(tmp_path / "metrics.jsonl")
-    assert [line["skipped_updates"] for line in metrics] == [0, 1, 1, 0, 1, 1, 1]
-    assert [line["loss"] is None for line in metrics] == [x != 1 for x in now]
+    skipped = read(tmp_path / "metrics.jsonl", "skipped_updates")
+    assert skipped == [0, 1, 1, 0, 1, 1, 1]
+    assert [x is None for x in read(tmp_path / "metrics.jsonl", "loss")] == [
+        x == 1 for x in skipped
+    ]
     five, six = (checkpoints(tmp_path)[step] for step in (5, 6))
     assert all(map(torch.equal, five, six)) and all(x.isfinite().all() for x in six)
 
@@ -2065,26 +1972,23 @@ def test_bfloat16_learns_with_masters_and_not_without():
     rollouts, moved = [make_rollout(policy, seed=seed) for seed in range(20)], {}
     for name in ("float32", "masters", "alone"):
         model = copy.deepcopy(policy).to(torch.float32 if name == "float32" else torch.bfloat16)
+        optimizer = gsm.make_optimizer(model, lr := gsm.Settings.learning_rate)
         if name == "alone":
-            options = dict(lr=gsm.Settings.learning_rate, weight_decay=0.0)
-            optimizer = torch.optim.AdamW(model.parameters(), **options)
-        else:
-            optimizer = gsm.make_optimizer(model, gsm.Settings.learning_rate)
+            model = copy.deepcopy(policy).bfloat16()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
         weights = optimizer.param_groups[0]["params"]
         addresses = [p.data_ptr() for p in model.parameters()]
         for sampled, advantages in rollouts:
             batches = gsm.make_micro_batches(sampled, advantages, 4, 4, keep_silent=False)
             sizes = dict(num_rows=12, num_items=int(sampled[3].sum()))
             gsm.update_policy(model, None, optimizer, batches, make_settings(), **sizes)
-            for parameter, weight in zip(model.parameters(), weights, strict=True):
-                assert torch.equal(parameter, weight.to(parameter.dtype))
+            assert all(torch.equal(p, w.to(p.dtype)) for p, w in zip(model.parameters(), weights))
         assert addresses == [p.data_ptr() for p in model.parameters()]  # for CUDA graphs
         pairs = zip(weights, policy.parameters())
         moved[name] = torch.cat([(w.detach().float() - p.detach()).flatten() for w, p in pairs])
     assert torch.cosine_similarity(moved["masters"], moved["float32"], dim=0) > 0.95
-    assert (
-        (moved["alone"] == 0).float().mean() > 0.9 > 0.02 > (moved["masters"] == 0).float().mean()
-    )
+    still = {name: (change == 0).float().mean() for name, change in moved.items()}
+    assert still["alone"] > 0.9 and still["masters"] < 0.02
 
 
 def test_neither_offloading_nor_checkpointing_changes_the_training(finished_run, tmp_path):
@@ -2105,28 +2009,20 @@ def test_neither_offloading_nor_checkpointing_changes_the_training(finished_run,
 
 
 # The rehearsal and the command line ---------------------------------------------------------------
-def test_held_out_problems_use_numbers_that_their_template_never_shows():
-    words = "|".join(gsm.NAMES + gsm.THINGS)
-
-    def templates_with_numbers(rows):
-        questions = [row["question"] for row in rows]
-        return {(re.sub(rf"\d+|{words}", "", q), *re.findall(r"\d+", q)) for q in questions}
-
-    shown, kept = map(templates_with_numbers, gsm.make_problems(seed=3))
-    assert not shown & kept and len({template for template, *_ in kept}) == len(gsm.TEMPLATES)
-    assert {template for template, *_ in kept} < {template for template, *_ in shown}
-
-
-def test_the_rehearsals_rows_are_right_and_its_tokenizer_reads_them(start_folder, problems):
-    """AutoTokenizer rebuilds it from the model's type; the same text must come out again."""
+def test_the_rehearsals_rows_are_right_and_held_out_numbers_never_shown(start_folder):
+    """AutoTokenizer rebuilds the tokenizer from the model's type; the same text must come out."""
     loaded = gsm.AutoTokenizer.from_pretrained(start_folder / "model")
-    for row in problems[1] + problems[0][:200]:
+    train, unseen = gsm.make_problems(seed=3)
+    words = "|".join(gsm.NAMES + gsm.THINGS)
+    shown, kept = ({re.sub(words, "", row["question"]) for row in rows} for rows in (train, unseen))
+    assert not shown & kept and len({re.sub(r"\d", "", x) for x in kept}) == len(gsm.TEMPLATES)
+    for row in unseen + train[:200]:
         answer, text = gsm.extract_answer_from_dataset(row["answer"]), gsm.demonstrate(row)
         assert {reward for _, reward in gsm.step_rewards(text, answer)} == {1.0}
         assert gsm.combined_reward([text], [answer]) == pytest.approx([2.8])
         text = gsm.build_prompt(row["question"], loaded) + text + loaded.eos_token
         assert loaded.decode(loaded(text, add_special_tokens=False)["input_ids"]) == text
-    short = gsm.demonstrate(problems[1][-1], keep_steps=1, tags=False)
+    short = gsm.demonstrate(unseen[-1], keep_steps=1, tags=False)
     assert short.count("=") == 1 and "<reasoning>" not in short and "</answer>" in short
 
 
