@@ -275,10 +275,9 @@ CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"
 
 
 class GraphDecoder(DynamicCache):
-    """Decoding in fixed shapes, on a GPU as a CUDA graph.
-    A token of Qwen2.5-1.5B is a thousand small kernels. Launched one by one from Python they
-    took 85 ms on an H100; replayed as a graph, 7. A graph always uses the same memory: there
-    is room for all tokens from the start, and weights may only be changed in place."""
+    """Decoding in fixed shapes, on a GPU as a CUDA graph. A token of Qwen2.5-1.5B is a thousand
+    small kernels: 85 ms on an H100 if Python launches them, 7 as a graph. It always uses the same
+    memory, so there is room for all tokens, and weights may only be changed in place."""
 
     model, rows, capacity, forward = None, 0, 0, None
 
@@ -332,11 +331,10 @@ def generate_completions(
     model, tokenizer, prompts, num_generations, max_completion_length,
     temperature=1.0, eos_token_ids=None, generator=None, decoder=None,
 ):  # fmt: skip
-    """Sample num_generations completions of each prompt, a text; greedy if temperature is 0.
-    Leaves the model in eval mode. decoder: a GraphDecoder, kept from call to call. Returns
-        prompt_ids, prompt_mask          int[row prompt_pos], left-padded
-        completion_ids, completion_mask  int[row pos], padded after the end token
-        log_probs                        float32[row pos], of each token as it was sampled"""
+    """Completions of each prompt, a text; greedy if temperature is 0 → prompt_ids, prompt_mask
+    int[row prompt_pos], left-padded; completion_ids, completion_mask int[row pos], padded after the
+    end token; log π of each token as it was sampled, float32[row pos]. Leaves the model in eval
+    mode. decoder: a GraphDecoder, kept from call to call"""
     eos_token_ids = eos_token_ids or get_eos_token_ids(model, tokenizer)
     prompt_ids, mask = encode(tokenizer, prompts, device=model.device)  # [batch prompt_pos]
     cache = DynamicCache(config=model.config)
@@ -418,11 +416,10 @@ def compute_advantages(rewards, mode="normalized"):
 
 
 def compute_process_advantages(step_rewards, completion_mask, num_generations=None):
-    """Advantages of tokens from rewards of steps: GRPO, arXiv 2402.03300, section 4.1.3.
-    The rewards of all steps of a group are normalised together. A token's advantage is the sum
-    of those of its own and all later steps. (So a model is also paid for padding its reasoning.)
-    step_rewards: a list of (end token index, reward) for each row; completion_mask int[row pos];
-    num_generations: rows of a group, None for all → float32[row pos]"""
+    """Advantages of tokens from rewards of steps, for each row a list of (end token index, reward):
+    GRPO, arXiv 2402.03300, section 4.1.3. Normalised over all steps of a group; a token gets the
+    sum of its own and all later steps (so that padding the reasoning pays, too).
+    completion_mask int[row pos]; num_generations: rows of a group, None: all → float32[row pos]"""
     (rows, width), size = completion_mask.shape, num_generations or len(completion_mask)
     steps = [(row, *step) for row, found in enumerate(step_rewards) for step in found]
     fits = len(step_rewards) == rows and rows % size == 0
@@ -614,9 +611,8 @@ gradient at log π of each of a completion's n tokens is −Â / (4 n): only the
 
 # 8. Settings ======================================================================================
 # Task, rewards and most values are those of A. Burkov's tutorial (github.com/aburkov/theLMbook).
-# Changed: ε from 0.1 to 0.2, as in PPO; gradient norm from 0.1, which most steps exceed, to 1;
-# 7 prompts to 8; weight decay from 0.01 to 0; the prompt's words; learning rate from 5e-6 to
-# 2e-6, because float32 weights (section 12) round no update away.
+# Changed: ε from 0.1 to 0.2, gradient norm from 0.1 to 1, 7 prompts to 8, weight decay from 0.01
+# to 0, and learning rate from 5e-6 to 2e-6: float32 weights (section 12) round no update away.
 
 
 def setting(default, text):
@@ -669,11 +665,10 @@ def check_settings(settings, num_problems=math.inf):
     """Raise ValueError for what would fail late, or silently train on the wrong thing."""
     least = dict(num_generations=2, eval_every=0, seed=0, eval_examples=int(settings.eval_only))
     for name, value in asdict(settings).items():
-        flag, bound = f"--{name.replace('_', '-')} {value}", least.get(name, 1)
-        if type(value) is int and value < bound:
-            raise ValueError(f"{flag} must be at least {bound}")
-        if type(value) is float and not (0 < value < math.inf or value == 0 and name == "beta"):
-            raise ValueError(f"{flag} must be a finite number above 0")
+        bound, positive = least.get(name, 1), type(value) is not float or 0 < value < math.inf
+        if type(value) is int and value < bound or not (positive or name == "beta" and value == 0):
+            bound = f"at least {bound}" if type(value) is int else "a finite number above 0"
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be {bound}")
     if settings.reward == "format" and settings.supervision == "process":
         raise ValueError("--supervision process rewards steps: --reward format has no meaning")
     if not WORLD_SIZE <= settings.batch_size <= num_problems:
@@ -797,19 +792,19 @@ def collect_rollout(model, tokenizer, problems, settings, generator, decoder=Non
 
 
 def make_micro_batches(sampled, advantages, num_generations, micro_batch_size, keep_silent):
-    """What generate_completions returns and advantages [row pos] → list of dicts, of one prompt
+    """What generate_completions returns, and advantages [row pos] → list of dicts, of one prompt
     each: prompt_ids int[prompt_pos]; completion_ids, mask, sampled (log π), advantages [row pos]"""
     prompt_ids, prompt_mask, completion_ids, completion_mask, log_probs = sampled
-    columns = dict(completion_ids=completion_ids, mask=completion_mask)
-    columns |= dict(sampled=log_probs, advantages=advantages)
+    columns = {"completion_ids": completion_ids, "mask": completion_mask}
+    columns |= {"sampled": log_probs, "advantages": advantages}
     lengths, batches = completion_mask.sum(dim=-1).tolist(), []
     for first in range(0, len(lengths), num_generations):
         group = sorted(range(first, first + num_generations), key=lambda i: -lengths[i])
         for start in range(0, num_generations, micro_batch_size):
             rows = group[start : start + micro_batch_size]  # of like length: little padding
-            if keep_silent or (advantages[rows] != 0).any():  # otherwise there is no gradient
-                batch = {name: x[rows, : lengths[rows[0]]] for name, x in columns.items()}
-                batch["prompt_ids"] = prompt_ids[first][prompt_mask[first] == 1]
+            batch = {name: x[rows, : lengths[rows[0]]] for name, x in columns.items()}
+            batch["prompt_ids"] = prompt_ids[first][prompt_mask[first] == 1]
+            if keep_silent or (batch["advantages"] != 0).any():  # otherwise there is no gradient
                 batches.append(batch)
     return batches
 
@@ -819,10 +814,9 @@ def update_policy(model, reference, optimizer, batches, settings, num_rows, num_
     the whole step, silent rows included: so micro-batches and processes change nothing."""
     if settings.gradient_checkpointing:
         switch_on_checkpointing(model)
-    names = "epsilon epsilon_high beta loss_type importance_sampling_level kl_estimator"
-    options = {name: getattr(settings, name) for name in names.split()}
-    options |= dict(max_completion_length=settings.max_completion_length)
-    options |= dict(num_rows=num_rows, num_items=num_items)
+    names = "epsilon epsilon_high beta loss_type importance_sampling_level kl_estimator "
+    names = (names + "max_completion_length").split()
+    options = {name: getattr(settings, name) for name in names}
     weights, norms = optimizer.param_groups[0]["params"], []
     kl = 0.0 if settings.beta else math.nan
     totals = dict(loss=0.0, kl=kl, clip_fraction=0.0, logprob_gap=0.0, tokens=0)
@@ -843,8 +837,9 @@ def update_policy(model, reference, optimizer, batches, settings, num_rows, num_
             if settings.sampler_cap:  # truncated importance sampling
                 advantages = advantages * gap.exp().clamp(max=settings.sampler_cap)
             loss, metrics = grpo_loss(
-                log_probs, batch["old"], batch["ref"], advantages, mask, **options
-            )
+                log_probs, batch["old"], batch["ref"], advantages, mask,
+                num_rows=num_rows, num_items=num_items, **options,
+            )  # fmt: skip
             loss.backward()
             tokens = mask.sum().item()
             clipped = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
@@ -869,23 +864,20 @@ def update_policy(model, reference, optimizer, batches, settings, num_rows, num_
     return {name: x if math.isfinite(x) else None for name, x in learned.items()}  # for JSON
 
 
-# What metrics.jsonl says, a line a step, and what is normal:
+# metrics.jsonl, a line a step, and what is normal:
 #     loss                near 0 from first to last with loss type grpo, outcome supervision and
 #                         µ = 1 (section 6): it does not measure progress
 #     reward_mean         noisy; correctness and format are its parts, accuracy the full marks
 #     reward_std          mean over groups of the spread within one: what there is to learn from
-#     zero_std_groups     silent groups
-#     kl                  estimate of KL(π ‖ π_ref) of a token; null if β = 0
-#     entropy             −mean log π of the sampled tokens, in nats; near 0 nothing new is tried
+#     zero_std_groups     silent groups; num_rows, num_items: completions and their tokens
+#     kl, entropy         of a token, in nats; at entropy 0 nothing new is tried
 #     logprob_gap         mean |log π as sampled − log π as scored| before the first update: 1e-6
 #                         in float32, 1e-2 in bfloat16; if larger, the two disagree
 #     clip_fraction       share of tokens whose gradient was clipped; 0 if µ = 1
-#     grad_norm           before clipping; this, loss and kl are means over the µ updates
-#     skipped_updates     updates left out because the gradient was not finite
+#     grad_norm           before clipping; skipped_updates: those that were not finite
 #     finished_fraction   share that ended with an end token; completion_length: tokens
-#     tokens_per_second   num_items, the tokens of all completions, over step_seconds
+#     tokens_per_second   num_items over step_seconds
 #     peak_memory_bytes   of tensors on the GPU of rank 0 since the start; learning_rate: constant
-#     num_rows            completions
 LOGS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
 
 
@@ -975,12 +967,9 @@ def comment_on(step, record, sample):
 # 11. Step rewards: process supervision ============================================================
 # An outcome reward treats every token alike. Process supervision (arXiv 2402.03300, section 4.1.3;
 # here --supervision process) rewards each step of the reasoning. The paper trained a model for it.
-# Here a step is a line with an equation, because arithmetic can be checked:
-#     Natalia sold 48/2 = 24 clips in May.      24 = 48/2                     1.0
-#     In all she sold 48+24 = 73 clips.         73 ≠ 48 + 24                  0.0
-#     <answer>73</answer>                       the last step; right is 72    0.0
-# Judged is only what can be read in one way: a op b (op c …) = d with plain numbers, and nothing
-# before or after it that could belong to it. Not brackets, powers, variables, number words.
+# Here a step is a line with an equation, because arithmetic can be checked. Judged is only what can
+# be read in one way: a op b (op c …) = d with plain numbers, and nothing before or after it that
+# could belong to it. Not brackets, powers, variables, number words.
 
 TERM = rf"(?!0[0-9])(?:{NUMBER})%?"
 EQUATION = re.compile(
@@ -1099,10 +1088,9 @@ def say(text):
 
 
 def make_optimizer(model, learning_rate, offload=False):
-    """AdamW on the float32 weights of a model: its own, or copies, with offload in host memory
+    """AdamW on float32 weights: the model's own, or copies (masters), with offload in host memory.
     bfloat16 alone hardly learns: near 0.02 its values are 1.2e-4 apart, and steps of 2e-6 are
-    rounded away. So AdamW moves float32 copies, the masters. Hooks carry each gradient to its
-    master as soon as it is there, and after a step the masters into the model, in place."""
+    rounded away. Hooks carry gradients to the masters, and the masters into the model, in place."""
     weights = masters = list(model.parameters())
     if offload or any(weight.dtype != torch.float32 for weight in weights):
         options = dict(device="cpu" if offload else None, dtype=torch.float32, copy=True)
@@ -1453,15 +1441,10 @@ def run(settings, model, tokenizer, train_problems, eval_problems):
         step = load_checkpoint(out, model) if settings.resume else step
         evaluate_and_log(model, tokenizer, eval_problems, settings, decoder, step)
         return 0
-    config = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
-        "dtype": str(model.dtype),
-        "processes": WORLD_SIZE,
-        "parameters": model.num_parameters(),
-        "training problems": len(train_problems),
-    }
+    gpu = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
+    config = {"torch": torch.__version__, "transformers": transformers.__version__, "device": gpu}
+    config |= {"dtype": str(model.dtype), "processes": WORLD_SIZE}
+    config |= {"parameters": model.num_parameters(), "training problems": len(train_problems)}
     say(", ".join(f"{name} {value}" for name, value in config.items()))
     # float32 weights and AdamW's two moments; the reference in the model's precision
     size = 12 * config["parameters"] + model.get_memory_footprint() * (settings.beta > 0)
