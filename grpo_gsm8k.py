@@ -889,7 +889,8 @@ def train_with_grpo(model, tokenizer, train_problems, settings, eval_problems=()
     # (!7) A frozen copy: a reference that shares tensors would be trained too. None if β = 0.
     reference = copy.deepcopy(model).requires_grad_(False) if settings.beta else None
     start = load_checkpoint(out, model, optimizer, reference) if settings.resume else 0
-    evaluated, caught, skipped_in_a_row = start_logs(out, start, settings), note_signals(), 0
+    evaluated, caught = start_logs(out, start, settings), note_signals()
+    skipped_in_a_row, recent = 0, []
 
     def evaluate_if_due(step):
         due = step in (0, total) or step % (settings.eval_every or total) == 0
@@ -921,7 +922,8 @@ def train_with_grpo(model, tokenizer, train_problems, settings, eval_problems=()
         append_line(out / "metrics.jsonl", {"step": step, **record})
         append_line(out / "samples.jsonl", {"step": step, **sample})
         bar.set_postfix(reward_mean=record["reward_mean"], accuracy=record["accuracy"])
-        comment_on(step, record, sample)
+        recent = [*recent[-9:], record]
+        comment_on(step, recent, sample, settings)
         skipped_in_a_row = skipped_in_a_row + 1 if record["skipped_updates"] else 0
         if skipped_in_a_row == 3:
             text = f"step {step}: three steps in a row had numbers that are not finite"
@@ -949,19 +951,25 @@ def evaluate_and_log(model, tokenizer, problems, settings, decoder, step):
     append_line(out / "eval.jsonl", {"step": step, "model": settings.model, **result})
 
 
-def comment_on(step, record, sample):
-    """Show a sample now and then, and say what usually goes wrong when it does."""
+def comment_on(step, recent, sample, settings):
+    """Show a sample now and then, and say what usually goes wrong when it does. recent: the last
+    ten records"""
     if step % 10 == 1:
         say(f"\nstep {step}: {sample['question']} (answer: {sample['answer']})")
         for x in sample["completions"]:
-            say(f"  reward {x['reward']:.1f}: {x['text']!r}")
-    if record["reward_std"] == 0:
+            lines = [repr(line)[1:-1] for line in x["text"].split("\n")]  # control characters: \x1b
+            say(f"  reward {x['reward']:.1f}: " + "\n    ".join(lines))
+    if recent[-1]["reward_std"] == 0:
         say(f"step {step}: rewards are equal within every group")
-    if (record["logprob_gap"] or 0) > 0.1:
+    if (recent[-1]["logprob_gap"] or 0) > 0.1:
         say(f"step {step}: sampler and trainer disagree, see logprob_gap in metrics.jsonl")
-    if step % 10 == 0 and record["format"] > 0.7 and record["accuracy"] < 0.1:
-        flags = "--example-turn, --advantage centered, --loss-type dapo"
-        say(f"step {step}: the format is learned, the answers are not. These may help: {flags}")
+    form, accuracy = (sum(x[name] for x in recent) / 10 for name in ("format", "accuracy"))
+    if step % 10 == 0 and form > 0.7 and accuracy < 0.1:
+        better = {"example_turn": True, "advantage": "centered", "loss_type": "dapo"}
+        untried = [name for name, value in better.items() if getattr(settings, name) != value]
+        flags = [f"--{name.replace('_', '-')} {better[name]}" for name in untried]
+        text = f"These may help: {', '.join(flags) or 'more steps, another --learning-rate'}"
+        say(f"step {step}: the format is learned, the answers are not. {text}")
 
 
 # 11. Step rewards: process supervision ============================================================

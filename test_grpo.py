@@ -911,7 +911,6 @@ def test_the_end_of_a_turn_in_the_template_ends_a_completion(tokenizer):
 
 
 def test_tags_that_are_special_tokens_stay_in_the_text(tokenizer):
-    """Skipped with the other special tokens they would leave every reward at 0."""
     special = copy.deepcopy(tokenizer)
     special.add_special_tokens({"additional_special_tokens": [*gsm.TAGS]})
     text = FULL.format("2*3 = 6", 6)
@@ -927,7 +926,6 @@ def test_tags_that_are_special_tokens_stay_in_the_text(tokenizer):
     ("Cohere", {"logit_scale": 0.0625}, False), ("Gemma2", {"final_logit_softcapping": None}, True),
 ])  # fmt: skip
 def test_a_head_that_is_more_than_a_product_is_refused(kind, changes, good):
-    """Scored without cap or scale, another policy would be trained than the one that samples."""
     model = make_policy(kind=kind, **changes).eval()
     if good:
         return gsm.check_model(model)
@@ -1097,7 +1095,6 @@ def test_neither_padding_nor_micro_batches_change_the_loss(kind, level):
 
 
 def test_the_metrics_count_what_the_clip_cuts():
-    """A ratio outside the range is not clipped where the minimum takes the other branch."""
     ratio = torch.tensor([[0.5, 0.5, 1.0, 1.5, 1.5, 9.0]])
     advantages, mask = torch.tensor([[-1.0, 1, 1, 1, -1, 1]]), torch.tensor([[1, 1, 1, 1, 1, 0]])
     step = ratio.log(), torch.zeros(1, 6), ratio.log() + math.log(2), advantages, mask
@@ -1215,7 +1212,6 @@ def test_the_second_worked_example_is_what_the_functions_give():
 
 # Evaluation ---------------------------------------------------------------------------------------
 def test_evaluation_counts_strict_and_lenient(tokenizer, monkeypatch):
-    """Also that rows, which are sorted by length, are compared with their own answers."""
     texts = [FULL.format("", 7), "<answer>\n5\n</answer> 6", "it is 5"]
     texts = [text + "<|im_end|>" for text in texts] + ["it is 8", FULL.format("", 3) + " and"]
     rows = [{"question": "?" * (9 - i), "answer": str(7 - i)} for i in range(5)]
@@ -1436,7 +1432,6 @@ def test_the_gradient_is_that_of_the_loss_on_all_rows_at_once(options):
 
 
 def test_silent_groups_cost_nothing_and_prompts_are_read_once(monkeypatch):
-    """… unless the KL penalty pulls on them; momentum alone must not move the weights."""
     policy, reference = make_policy(10), make_policy(10, seed=1)
     forward = mock.Mock(wraps=gsm.compute_group_log_probs)
     monkeypatch.setattr(gsm, "compute_group_log_probs", forward)
@@ -1456,7 +1451,6 @@ def test_silent_groups_cost_nothing_and_prompts_are_read_once(monkeypatch):
     {}, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}, "checkpointing",
 ], ids=str)  # fmt: skip
 def test_a_shared_prompt_changes_neither_log_probs_nor_gradients(config):
-    """Against every row with its own prompt; completions of one token; caches that can't do it."""
     policy = make_policy(10, scale=2.0, **({} if config == "checkpointing" else config))
     if config == "checkpointing":
         checkpoint(policy)
@@ -1473,6 +1467,16 @@ def test_a_shared_prompt_changes_neither_log_probs_nor_gradients(config):
         weights = torch.randn(5, width, generator=seeded(2))
         gradients = [torch.autograd.grad((x * weights).sum(), parameters) for x in both]
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients))
+
+
+def test_a_hint_when_the_format_is_learned_and_the_answers_are_not(capsys):
+    record = dict(reward_std=0.1, logprob_gap=0.0, format=0.8, accuracy=0.05)
+    sample = {"question": "q", "answer": "1", "completions": [{"reward": 1.0, "text": "a\nb\x1b"}]}
+    gsm.comment_on(10, [record] * 10, sample, make_settings(advantage="centered"))
+    gsm.comment_on(31, [record | dict(accuracy=0.2)] * 10, sample, make_settings())
+    hint, *shown = capsys.readouterr().out.split("\n")
+    assert hint.endswith("These may help: --example-turn True, --loss-type dapo")
+    assert shown == ["", "step 31: q (answer: 1)", "  reward 1.0: a", "    b\\x1b", ""]
 
 
 def test_every_epoch_is_a_new_order_of_all_rows():
@@ -1506,7 +1510,6 @@ def write_texts(tokenizer, problems, mode):
 
 @pytest.mark.parametrize("supervision", ["outcome", "process"])
 def test_rewards_reach_the_tokens_that_earned_them(tokenizer, supervision):
-    """The whole way from text to advantages and metrics, worked out by hand; group 2 is silent."""
     options = dict(supervision=supervision, beta=0.1)  # with β silent groups are kept
     batches, record, sample = write_texts(tokenizer, TWO, options)
     advantages, mask = batches[0]["advantages"], batches[0]["mask"]
@@ -1703,7 +1706,6 @@ def test_a_signal_saves(number, count, status, saved, start_folder, tmp_path, ca
 
 
 def test_resume_takes_other_settings(finished_run, start_folder, tmp_path, capsys):
-    """The learning rate that AdamW's saved state brings back is not the one that was asked for."""
     out = shutil.copytree(finished_run[0], tmp_path / "run")
     data = Path(shutil.copy(start_folder / "train.jsonl", out))
     changes = "--num-steps", "4", "--learning-rate", "1e-30", "--eval-every", "5"
