@@ -36,7 +36,8 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # it is not used
+# NumPy is not used; and main() switches off the numbers that the second speaks of.
+warnings.filterwarnings("ignore", "Failed to initialize NumPy|The value of the smallest sub")
 
 import torch
 import torch.nn as nn
