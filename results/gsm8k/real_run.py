@@ -3,10 +3,9 @@
 
     python results/gsm8k/real_run.py MODEL BIGGER [DIR]    about an hour a run on two cores
 
-MODEL, BIGGER: hub names or folders of the 0.5B and the 1.5B. (Ours were made from Qwen's files
-qwen2.5-coder-0.5b-instruct-q4_k_m.gguf, sha256 1d961463…4fff32, and -1.5b-, cc324af0…3bb046,
-widened to bfloat16.) The bigger one is only evaluated. What runs/real/ has finished stays.
-"""
+MODEL, BIGGER: hub names or folders of the 0.5B and the 1.5B, which is only evaluated. (Ours are
+Qwen's qwen2.5-coder-0.5b-instruct-q4_k_m.gguf, sha256 1d961463…4fff32, and -1.5b-, cc324af0…3bb046,
+widened to bfloat16.) What runs/real/ has finished stays."""
 
 import json
 import statistics
@@ -19,11 +18,12 @@ SCRIPT = HERE.parents[1] / "grpo_gsm8k.py"
 COMMON = "--device cpu --dtype bfloat16 --eval_examples 200 --max_completion_length 256".split()
 TRAIN = "--batch_size 4 --num_generations 8 --micro_batch_size 8 --beta 0 --learning_rate 2e-6"
 TRAIN = f"{TRAIN} --eval_every 0 --save_every 20".split()
-EXAMPLE = "--num_steps 40 --example_turn"
+DAPO = "--example_turn --advantage centered --loss_type dapo"
 RUNS = {
     "a": ("tutorial's settings", "--num_steps 25"),
-    "b": ("example turn, centered, dapo", f"{EXAMPLE} --advantage centered --loss_type dapo"),
-    "c": ("example turn, normalized, grpo", EXAMPLE),
+    "b": ("example turn, centered, dapo", f"{DAPO} --num_steps 40"),
+    "c": ("example turn, normalized, grpo", "--num_steps 40 --example_turn"),
+    "d": ("example turn, centered, dapo, 1e-5", f"{DAPO} --num_steps 20 --learning_rate 1e-5"),
 }
 UNTRAINED = {"1.5B-asked": "1.5B", "1.5B-example": "1.5B, example turn"}
 
@@ -44,7 +44,8 @@ def run_all(model, bigger, folder, data=()):
 
 
 def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [{name: x for name, x in row.items() if name != "model"} for row in rows]
 
 
 def collect(folder):
