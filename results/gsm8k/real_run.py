@@ -52,11 +52,11 @@ def collect(folder):
     """What is finished in the folder of the runs → {name: label, evaluations, steps}"""
     found = {}
     for name, label in ({k: x[0] for k, x in RUNS.items()} | UNTRAINED).items():
-        out, row = folder / name, {"label": label}
+        out = folder / name
         if (out / "final").exists() or name in UNTRAINED and (out / "eval.jsonl").exists():
-            row["evaluations"] = read_lines(out / "eval.jsonl")
-            row["steps"] = read_lines(out / "metrics.jsonl") if name in RUNS else []
-            found[name] = row
+            steps = read_lines(out / "metrics.jsonl") if name in RUNS else []
+            found[name] = {"label": label, "steps": steps}
+            found[name]["evaluations"] = read_lines(out / "eval.jsonl")
     return found
 
 
@@ -79,7 +79,7 @@ def draw(found, path):
 
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     panels = {"correctness": "reward for the answer, 0 to 2", "format": "reward for the tags"}
-    panels |= {"completion_length": "length of the samples, tokens"}
+    panels["completion_length"] = "length of the samples, tokens"
     for axis, (key, title) in zip(axes, panels.items()):
         for row in (row for row in found.values() if row["steps"]):
             y = [step[key] for step in row["steps"]]
