@@ -55,8 +55,7 @@ def collect(folder):
         out = folder / name
         if (out / "final").exists() or name in UNTRAINED and (out / "eval.jsonl").exists():
             steps = read_lines(out / "metrics.jsonl") if name in RUNS else []
-            found[name] = {"label": label, "steps": steps}
-            found[name]["evaluations"] = read_lines(out / "eval.jsonl")
+            found[name] = dict(label=label, steps=steps, evaluations=read_lines(out / "eval.jsonl"))
     return found
 
 
