@@ -616,6 +616,7 @@ gradient at log π of each of a completion's n tokens is −Â / (4 n): only the
 
 
 def setting(default, text):
+    """A field of Settings, with the help of its flag."""
     return field(default=default, metadata={"help": text})
 
 
