@@ -890,8 +890,7 @@ def train_with_grpo(model, tokenizer, train_problems, settings, eval_problems=()
     # (!7) A frozen copy: a reference that shares tensors would be trained too. None if β = 0.
     reference = copy.deepcopy(model).requires_grad_(False) if settings.beta else None
     start = load_checkpoint(out, model, optimizer, reference) if settings.resume else 0
-    evaluated, caught = start_logs(out, start, settings), note_signals()
-    skipped_in_a_row, recent = 0, []
+    evaluated, caught, recent = start_logs(out, start, settings), note_signals(), []
 
     def evaluate_if_due(step):
         due = step in (0, total) or step % (settings.eval_every or total) == 0
@@ -925,8 +924,7 @@ def train_with_grpo(model, tokenizer, train_problems, settings, eval_problems=()
         bar.set_postfix(reward_mean=record["reward_mean"], accuracy=record["accuracy"])
         recent = [*recent[-9:], record]
         comment_on(step, recent, sample, settings)
-        skipped_in_a_row = skipped_in_a_row + 1 if record["skipped_updates"] else 0
-        if skipped_in_a_row == 3:
+        if len(recent) > 2 and all(x["skipped_updates"] for x in recent[-3:]):
             text = f"step {step}: three steps in a row had numbers that are not finite"
             raise FloatingPointError(f"{text}; --resume with a smaller --learning-rate")
         stopping = any(gather_lists(caught))
