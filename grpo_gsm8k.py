@@ -1166,6 +1166,7 @@ def append_line(path, record):
 def start_logs(out, step, settings):
     """Drop what logs say of later steps, and lines that were cut off → the steps evaluated"""
     kept = []
+    out.mkdir(parents=True, exist_ok=True)
     for path in [out / name for name in LOGS] if RANK == 0 else []:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         kept = [record for record in map(json.loads, lines) if record["step"] <= step]

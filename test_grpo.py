@@ -901,7 +901,6 @@ def test_templates_without_a_system_role_and_with_thinking(tokenizer, template, 
 
 
 def test_the_end_of_a_turn_in_the_template_ends_a_completion(tokenizer):
-    """A base model's eos_token is another; without this it would run on behind its answer."""
     base = copy.deepcopy(tokenizer)
     base.add_special_tokens({"eos_token": "<|endoftext|>"})
     policy = make_policy(10, eos_token_id=base.eos_token_id)
@@ -940,7 +939,6 @@ def test_a_head_that_is_more_than_a_product_is_refused(kind, changes, good):
     ("Mixtral", {"router_jitter_noise": 0.5}),
 ])  # fmt: skip
 def test_no_dropout_nor_other_noise_in_training(kind, changes, checkpointing):
-    """The ratio must be 1 before the first update, whatever the checkpoint's configuration says."""
     policy = make_policy(kind=kind, **changes).train()
     if checkpointing:
         checkpoint(policy)
@@ -1118,7 +1116,6 @@ def test_the_metrics_count_what_the_clip_cuts():
         (STEPS, 3), ([[(19, 1.0)], [], [], []], 4), ([[(0, NAN)], [], [], []], 4)]),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(function, change):
-    """Shapes that would broadcast; groups of one, which give nan; characters in place of tokens."""
     names = ("log_probs", "old_log_probs", "ref_log_probs", "advantages", "completion_mask")
     step = dict(zip(names, random_step())) if function is gsm.grpo_loss else {}
     with pytest.raises(ValueError):
@@ -1556,7 +1553,6 @@ def fork(function, number=1, seconds=60):
 
 
 def test_two_processes_learn_what_one_learns(tmp_path, tokenizer):
-    """One process may have nothing but silent groups; a step without any gradient must not hang."""
     cases = [*zip(OPTIONS, itertools.repeat([])), ({}, [0]), ({}, [1, 2])]
     cases += [({"beta": 0.1}, [0, 1, 2]), ({}, [0, 1, 2])]
 
@@ -1720,6 +1716,15 @@ def test_resume_takes_other_settings(finished_run, start_folder, tmp_path, capsy
         assert status == 2 and change[0].replace("-", "_")[2:] in line
 
 
+def test_the_loop_runs_from_python_too(start_folder, tmp_path):
+    options = dict(device="cpu", num_steps=1, batch_size=2, max_completion_length=4, beta=0.0)
+    out, model = str(tmp_path / "new" / "folder"), str(start_folder / "model")
+    settings = gsm.Settings(model=model, output_dir=out, **options)
+    rows = gsm.load_problems(start_folder / "train.jsonl")
+    assert gsm.train_with_grpo(*gsm.load_model(settings), rows, settings) == 0
+    assert read(Path(out) / "metrics.jsonl", "step") == [1]
+
+
 def test_erratum_12_a_penalty_needs_a_second_model(start_folder, tmp_path, monkeypatch):
     seen, learn = [], gsm.update_policy
 
@@ -1754,7 +1759,6 @@ def refused(arguments, capsys):
 
 
 def test_three_steps_without_numbers_end_the_run(start_folder, tmp_path, monkeypatch):
-    """Not three of many; and what is saved is the last good model."""
     changes = dict(num_iterations=1, eval_examples=0, mu=1, num_steps=9, save_every=1)
     changes |= dict(micro_batch_size=4, batch_size=1, beta=1)  # one loss a step
     factors, compute = iter([1, *[math.nan] * 2, 1, *[math.nan] * 3]), gsm.grpo_loss
