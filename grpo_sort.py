@@ -104,7 +104,7 @@ def compute_reward(prompts, responses, reward_fn):
 
 # init_scale, the standard deviation of E, matters more than any algorithm below. At 1 the
 # untrained policy puts 85 % on one token, and what is never sampled is never rewarded.
-# At 0.1 exact match is 62 % instead of 10 % (table 2b).
+# At 0.1 the second row of LADDER (section 9) sorts 62 % instead of 10 % (table 2b).
 
 
 class Model(nn.Module):
@@ -213,7 +213,7 @@ def compute_process_deltas(step_rewards):
 
 # 5. Log-probabilities ========================================================
 # Every gradient of the policy flows through the log-probabilities of the sampled tokens.
-# log π(a | s) is the sum over the tokens of a.
+# log π(a | s) is the sum over the tokens of a; the losses take the mean over tokens.
 
 
 def compute_log_probs(prompts, responses, model):
@@ -231,8 +231,8 @@ def compute_log_probs(prompts, responses, model):
 #     ∇J = E_{a∼π}[δ ∇log π] = E_{a∼π_old}[ρ δ ∇log π] = ∇ E_{a∼π_old}[ρ δ]
 
 # The ratio of a long response, a product over its tokens, swings wildly. PPO and GRPO give
-# each token its own: the same gradient at π = π_old, an approximation away from it. And
-# they clip it: −min(ρ δ, clip(ρ, 1−ε, 1+ε) δ).
+# each token its own, which is right only near π_old. So that no token moves far on old
+# samples, they clip it: −min(ρ δ, clip(ρ, 1−ε, 1+ε) δ).
 
 #     δ > 0    ρ > 1 + ε: raised enough, no gradient     ρ < 1 − ε: it fell, full gradient
 #     δ < 0    ρ < 1 − ε: lowered enough, no gradient    ρ > 1 + ε: it rose, full gradient
@@ -292,16 +292,16 @@ def worked_example():
         lines.append(f"{name:24}" + "".join(f"{x:12.3f}" for x in values[0].tolist()))
     return "\n".join(lines) + f"""
 
-The gradient is that of the clipped loss with centred rewards by log π of a token: −δ / 12
-raises the first two responses and lowers the others. The loss itself, minus the mean of δ,
-is {abs(loss):.1f}, as on the first step of every batch. It does not measure progress, the
-reward does. When a log π has risen from −1.10 to −0.80, its ratio is {math.exp(0.3):.2f},
-above 1 + ε = 1.2. With δ > 0 it is not raised further, with δ < 0 it is lowered."""  # fmt: skip
+The gradient is that of the clipped loss with centred rewards by log π of a token, −δ / 12.
+Descent raises the first two responses and lowers the others. The loss itself is −(mean δ)
+= {abs(loss):.1f}, as on the first step of every batch with centred δ. It does not measure
+progress, the reward does. When a log π has risen from −1.10 to −0.80, its ratio is
+{math.exp(0.3):.2f}, above 1 + ε = 1.2: with δ > 0 it is not raised further, with δ < 0 lowered."""  # fmt: skip
 
 
 # 8. The KL penalty and the entropy bonus =====================================
-# The penalty ties the policy to a reference π_ref, the model before training or, where that
-# is random as here, a copy of the policy, renewed now and then. The recipe needs none.
+# The penalty keeps π near a π_ref whose skills it must not lose: the model before training
+# or, if that is random as here, a copy of π, renewed now and then. The recipe needs none.
 # KL(π ‖ π_ref) = E_{a∼π}[log π − log π_ref] is estimated from samples of π, with
 # x = log π_ref − log π of a token:
 
@@ -312,14 +312,14 @@ above 1 + ε = 1.2. With δ > 0 it is not raised further, with δ < 0 it is lowe
 #     k3_weighted = ρ k3   the same, off policy too     KL(π ‖ π_ref), off policy too
 
 # J. Schulman, "Approximating KL divergence", 2020. On reused samples k1 lowers every token,
-# whatever its reward: with β 0.1 only 5 of 32 runs sort all, with the others 32 (table 4a).
+# whatever its reward: with weight β 0.1 only 5 of 32 runs sort all, with the others 32 (table 4a).
 # The right column holds for independent tokens, as here (table 6c); otherwise it misses what
 # a token does to later ones (arXiv 2506.09477).
 
 
 def compute_kl_penalty(log_probs, ref_log_probs, estimator="k3", old_log_probs=None):
     """KL(π ‖ π_ref) of a response, estimated from float[batch trial pos] → scalar, or [run]
-    Summed over pos: for GRPO's β (eq. 3 is a mean over pos) use β / pos. ρ is 1 with the
+    Summed over pos; GRPO's eq. 3 takes the mean: divide its β by the length. ρ is 1 with the
     gradient ∇log π if there are no old_log_probs."""
     old_log_probs = log_probs if old_log_probs is None else old_log_probs
     if not log_probs.shape == ref_log_probs.shape == old_log_probs.shape or log_probs.dim() < 3:
@@ -388,7 +388,7 @@ SETTINGS = {
     "anneal": (("no", "yes"), "learning rate and entropy bonus fall to 0 (no)"),
     "gamma": (float, "γ of gae (1.0)"),
     "lam": (float, "λ of gae (0.95)"),
-    "value_coefficient": (float, "of the critic's loss; Adam rescales it (1.0)"),
+    "value_coefficient": (float, "of the critic's loss (1.0)"),
     "num_runs": (int, "models trained side by side (1; on the command line 32)"),
     "seed": (int, "equal seeds give equal numbers (0)"),
 }
@@ -532,7 +532,7 @@ def show_epoch(record, prompts, responses, rewards, deltas, log_probs, count=Non
 # is this error plus those of the later tokens, discounted:
 
 #     e_t = r_t + γ V_{t+1} − V_t
-#     Â_t = Σ_{l≥0} (γλ)^l e_{t+l}     generalized advantage estimation (GAE): its δ
+#     Â_t = Σ_{l≥0} (γλ)^l e_{t+l}     generalized advantage estimation (GAE): PPO's δ
 
 # r_t comes with token t (here R with the last, otherwise 0), V is 0 after the end. λ = 1 is
 # unbiased and noisy; λ = 0 trusts V completely. PPO maximises the clipped objective −
@@ -600,7 +600,7 @@ def deltas_and_returns(mode, prompts, responses, rewards, critic, gamma, lam):
 
 def train_table(title, rows):
     """Train and print {label: settings} row by row → {label: (settings, result)}"""
-    line, results = "| {:<42} | {:<17} | {:<18} | {:<19} |", {}
+    line, results = "| {:<42} | {:<17} | {:<18} | {:<20} |", {}
     heads = "", "prompts sorted, %", "runs that sort all", "epochs until they do"
     print(f"\n## {title}\n\n{line.format(*heads)}\n{line.format(*['---'] * 4)}")
     for label, settings in tqdm(rows.items(), leave=False, disable=None):

@@ -187,7 +187,7 @@ def test_the_worked_example_against_numbers_worked_out_by_hand():
         [1, 0.333, -0.333, -1], [-0.125, -0.042, 0.042, 0.125],  # −δ / 12
     ]  # fmt: skip
     text = " ".join(lines[6:])
-    assert "is 0.0, as on the first step" in text and "its ratio is 1.35," in text  # e^0.3
+    assert "= 0.0, as on the first step" in text and "its ratio is 1.35," in text  # e^0.3
 
 
 def test_gae_is_the_discounted_sum_of_its_definition_and_gives_constants():
