@@ -296,7 +296,7 @@ The gradient is that of the clipped loss with centred rewards by log π of a tok
 Descent raises the first two responses and lowers the others. The loss itself is −(mean δ)
 = {abs(loss):.1f}, as on the first step of every batch with centred δ. It does not measure
 progress, the reward does. When a log π has risen from −1.10 to −0.80, its ratio is
-{math.exp(0.3):.2f}, above 1 + ε = 1.2: with δ > 0 it is not raised further, with δ < 0 lowered."""  # fmt: skip
+{math.exp(0.3):.2f}, above 1 + ε = 1.2: with δ > 0 it is not raised further."""  # fmt: skip
 
 
 # 8. The KL penalty and the entropy bonus =====================================
@@ -671,8 +671,7 @@ def make_parser():
     add("--classic", action="store_true", help="start from the classic settings, show samples")
     add("--compare", nargs="+", metavar=("SETTING", "VALUE"), help="a row for each value")
     add("--out", type=Path, default="runs/sort", help="folder for curves.png (runs/sort)")
-    title = "settings of the recipe, or of --classic (in brackets: the classic value)"
-    add = parser.add_argument_group(title).add_argument
+    add = parser.add_argument_group("settings (in brackets: the classic values)").add_argument
     for name, (kind, text) in SETTINGS.items():
         options = dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind, metavar="X")
         if name == "prompts":
