@@ -6,7 +6,7 @@ reward: 2 for the right number, a few tenths for the format. Completions that be
 average of their group become more likely, the others less. Nothing else is taught.
 
     python grpo_gsm8k.py --rehearsal     in miniature: a CPU, minutes, no download
-    python grpo_gsm8k.py                 the full job on one GPU of 80 GB; --help: settings
+    python grpo_gsm8k.py                 the full job, one GPU of 80 GB; --help: settings
     torchrun --nproc-per-node=8 grpo_gsm8k.py --batch-size 64    on eight GPUs
 
     1 data and prompts    5 log-probabilities     9 evaluation       13 rehearsal
@@ -36,13 +36,14 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads slow a busy machine
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads slow others
 
 import jinja2
 import torch
@@ -55,16 +56,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfAr
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# 1. Data and prompts ==============================================================================
-# GSM8K (arXiv 2110.14168): 7,473 word problems of primary school to train on, 1,319 to test.
-# A worked answer ends with "#### " and a number. Only that number is used.
+# 1. Data and prompts ====================================================================
+# GSM8K (arXiv 2110.14168) has 7,473 word problems to train on and 1,319 to test. A worked
+# answer ends with "#### " and a number. Only that number is used.
 
 SYSTEM_PROMPT = """\
 Solve the problem step by step. Write the steps between <reasoning> and </reasoning>, then the \
 final number alone between <answer> and </answer>, like this:
 <reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"""
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
-# For --example-turn: small models write tags after an example, hardly ever when only told to.
+# For --example-turn: small models write tags after an example, hardly ever if only told.
 EXAMPLE_QUESTION = "Ann sold 48 clips in April and half as many in May. How many did she sell?"
 EXAMPLE_ANSWER = """\
 <reasoning>\nIn May Ann sold 48/2 = 24 clips.\nIn all she sold 48+24 = 72 clips.\n</reasoning>
@@ -77,8 +78,8 @@ def extract_answer_from_dataset(text):
 
 
 def load_problems(path=None, split="train"):
-    """GSM8K from the hub, or a JSONL file like it → list of {"question": str, "answer": str}
-    The answer is what follows '####'. ValueError names the first row that is wrong."""
+    """GSM8K from the hub, or a JSONL file like it → list of dicts: question, answer (what
+    follows '####'), both str. ValueError names the first row that is wrong."""
     if path is None:
         from datasets import load_dataset
 
@@ -88,26 +89,26 @@ def load_problems(path=None, split="train"):
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
-        text = "not a JSON object with texts under question and answer"
         try:
             row = json.loads(line)
-            question, answer = row["question"], extract_answer_from_dataset(row["answer"])
-            question.encode()  # half a surrogate pair is no text
-            text = f"no question, or no number after '####': {answer!r:.40}; for answers of other"
-            text += " kinds see the README"
-            if not question.strip() or parse_number(answer or "") is None:
-                raise ValueError
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            empty, answer = not row["question"].strip(), extract_answer_from_dataset(row["answer"])
+        except (ValueError, TypeError, KeyError, AttributeError):
+            text = "not a JSON object with texts under question and answer"
             raise ValueError(f"{path}:{number}: {text}") from None
-        problems.append({"question": question, "answer": answer})
+        if empty or parse_number(answer or "") is None:
+            text = (
+                f"no question, or no number after '####': {answer!r:.40}; other kinds: see README"
+            )
+            raise ValueError(f"{path}:{number}: {text}")
+        problems.append({"question": row["question"], "answer": answer})
     if not problems:
         raise ValueError(f"{path}: no problems")
     return problems
 
 
 def build_prompt(question, tokenizer, example_turn=False):
-    """Instruction, question and start of the model's turn, by the tokenizer's chat template:
-    a text with all special tokens, to be encoded with add_special_tokens=False"""
+    """Instruction, question and start of the model's turn, by the tokenizer's template: a
+    text with all special tokens, to be encoded with add_special_tokens=False"""
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template: use an instruct model")
     turns = [EXAMPLE_QUESTION, EXAMPLE_ANSWER, question] if example_turn else [question]
@@ -124,15 +125,15 @@ def build_prompt(question, tokenizer, example_turn=False):
     return prompt
 
 
-# 2. Rewards =======================================================================================
-# The reward is a program, not a model, because right answers can be checked. Points for the
-# format are a foothold while no answer is right yet. The same text as the right answer earns
-# more than the same number, so that the model learns to write the number alone.
+# 2. Rewards =============================================================================
+# The reward is a program, not a model, because right answers can be checked. Points for
+# the format are a foothold while no answer is right yet. The text of the right answer
+# earns more than its number, so that the model learns to write the number alone.
 
 FULL_MARKS = 2.0  # of correctness_reward
 
-# A wrong reward is worse than a missed one, so only what this grammar allows is a number: 18, -18,
-# 1,080.50, 3/4, \frac{3}{4}, bold, in $ $, \( \) or \boxed{}, with a currency, % or one unit.
+# A wrong reward is worse than a missed one: this grammar allows a number and no more, -18,
+# 1,080.50, 3/4, \frac{3}{4}, bold, in $ $, \( \), \boxed{}, with currency, % or one unit.
 NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?!,?[0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 WRAPPED = re.compile(r"\*\*(.*)\*\*|\$(.*)\$|\\\((.*)\\\)|\\\[(.*)\\\]|\\boxed\{(.*)\}")
 UNITS = "dollar cent euro pound second minute hour day week month year mile meter kilometer gram"
@@ -145,7 +146,7 @@ ANSWER = re.compile(
 
 
 def parse_number(text):
-    """The number that a text is by the grammar of ANSWER → Fraction, exact; otherwise None"""
+    """The number that a text is, by the grammar of ANSWER → Fraction, or None"""
     text = text.strip().removesuffix(".")
     while len(text) <= 80 and (wrapped := WRAPPED.fullmatch(text)):
         text = "".join(x or "" for x in wrapped.groups()).strip()
@@ -173,7 +174,7 @@ def extract_answer_from_model_output(text):
 
 
 def correctness_reward(completions, answers):
-    """2.0 for the same text as the right answer, 1.5 for the same number, else 0 → list"""
+    """2.0 for the text of the right answer, 1.5 for its number, otherwise 0 → list"""
     scores = []
     for completion, answer in zip(completions, answers):
         given = extract_answer_from_model_output(completion)
@@ -195,7 +196,7 @@ def combined_reward(completions, answers):
 
 
 def checked_rewards(function, completions, *answers):
-    """What a reward function returns → list[float]; ValueError unless one finite number each"""
+    """Its rewards → list[float]; ValueError unless each completion has one, finite"""
     returned = function(completions, *answers)
     try:
         rewards = [float(reward) for reward in returned]
@@ -207,25 +208,25 @@ def checked_rewards(function, completions, *answers):
     return rewards
 
 
-# 3. Sampling ======================================================================================
+# 3. Sampling ============================================================================
 # A group of completions for each prompt, drawn token by token from
 #     π(a_t | s, a_<t) = softmax(logits / temperature)[a_t]     s: prompt, a_<t: tokens so far
-# and from nothing else: the ratios of section 6 assume that. model.generate() would follow the
-# checkpoint's habits (Qwen2.5-1.5B-Instruct: top_k 20, top_p 0.8, repetition_penalty 1.1).
+# and from nothing else: the ratios of section 6 assume that. model.generate() would
+# follow the checkpoint's habits (Qwen2.5's: top_k 20, top_p 0.8, repetition_penalty 1.1).
 
 
 def create_completion_mask(completion_ids, eos_token_ids):
     """1 up to and including the first end token: int[row pos], list → int[row pos]
-    (!1) By position, not by comparing with the pad token: that is often the end token itself,
-    and a model whose end token is outside the mask never learns to stop."""
+    (!1) By position, not by comparing with the pad token: that may be the end token
+    itself, and a model whose end token is outside the mask never learns to stop."""
     ends = torch.tensor(eos_token_ids, device=completion_ids.device)  # [end]
     is_end = torch.isin(completion_ids, ends).int()  # [row pos]
     return (is_end.cumsum(dim=-1) - is_end == 0).int()  # no end token before this one
 
 
 def get_eos_token_ids(model, tokenizer):
-    """Every token that ends a completion → list[int]. Also the one that ends a turn in the chat
-    template: a base Qwen's own is <|endoftext|>, but its template writes <|im_end|>."""
+    """Every token that ends a completion → list[int]. Also the one that ends a turn in
+    the template: a base Qwen's own is <|endoftext|>, its template's <|im_end|>."""
     own = model.generation_config.eos_token_id  # a number, a list, or None
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
     if tokenizer.chat_template:
@@ -239,7 +240,7 @@ def get_eos_token_ids(model, tokenizer):
 
 
 def encode(tokenizer, texts, padding_side="left", device="cpu"):
-    """→ ids, mask int[batch pos]. Left-padded, prompts end where their completions begin."""
+    """→ ids, mask int[batch pos]. Left-padded, prompts end where completions begin."""
     options = dict(padding=True, padding_side=padding_side, return_tensors="pt")
     encoded = tokenizer(texts, add_special_tokens=False, **options)
     return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
@@ -253,18 +254,18 @@ def decode_tokens(tokenizer, tokens, eos_token_ids):
 
 
 def sample_tokens(logits, temperature=1.0, generator=None):
-    """A token a row from softmax(logits / temperature), at 0 the likeliest, and its log π:
-    float[row vocab] → int[row], float32[row]. FloatingPointError if logits are not finite."""
+    """A token a row from softmax(logits / temperature), at 0 the likeliest, and its log
+    π: float[row vocab] → int[row], float32[row]. FloatingPointError for NaN or inf."""
     logits = logits.float() / (temperature or 1)  # [row vocab]
     if not torch.isfinite(logits).all():
         raise FloatingPointError("the model's logits are not finite")
     if temperature == 0:
         return logits.argmax(dim=-1), torch.zeros(len(logits), device=logits.device)
-    # torch.multinomial draws a random number for each of Qwen's 151,936 tokens; one is enough.
+    # torch.multinomial draws a random number for each of 151,936 tokens; one is enough.
     probs = logits.softmax(dim=-1)  # [row vocab]
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     cumulative /= cumulative[:, -1:].clone()  # [row vocab], ends in exactly 1
-    uniform = cumulative.new_empty(len(logits), 1).uniform_(generator=generator)  # [row 1], < 1
+    uniform = cumulative.new_empty(len(logits), 1).uniform_(generator=generator)  # [row 1]
     tokens = torch.searchsorted(cumulative, uniform, right=True)  # [row 1]
     return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
 
@@ -275,19 +276,19 @@ CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"
 
 
 class GraphDecoder(DynamicCache):
-    """Decoding in fixed shapes, on a GPU as a CUDA graph. A token of Qwen2.5-1.5B is a thousand
-    small kernels: 85 ms on an H100 if Python launches them, 7 as a graph. It always uses the same
-    memory, so there is room for all tokens, and weights may only be changed in place."""
+    """Decoding in fixed shapes, on a GPU as a CUDA graph. A token of Qwen2.5-1.5B is a
+    thousand small kernels: 85 ms on an H100 if Python launches them, 7 as a graph. Its
+    memory never moves: there is room for all tokens, and weights change in place."""
 
     model, rows, capacity, forward = None, 0, 0, None
 
     def update(self, keys, values, layer_idx, *_, **__):
-        """Each layer's keys and values [row head 1 dim] of a token → of all, the rest masked"""
+        """A layer's keys and values [row head 1 dim] of a token → of all tokens"""
         own = self.keys_values[2 * layer_idx : 2 * layer_idx + 2]  # two [row head capacity dim]
         return [x.index_copy_(2, self.write_at, new) for x, new in zip(own, (keys, values))]
 
     def start(self, model, cache, mask, position, num_new):
-        """Go on from prompts in a DynamicCache: mask int[row prompt_pos], position int[row 1]"""
+        """Go on from prompts in a cache; mask int[row prompt_pos], position int[row 1]"""
         rows, used = mask.shape
         prompt_cache = [x for layer in cache.layers for x in (layer.keys, layer.values)]
         fits = (model, rows) == (self.model, self.rows) and used + num_new <= self.capacity
@@ -320,7 +321,7 @@ class GraphDecoder(DynamicCache):
         self.write_at += 1
 
     def decode(self, token):
-        """Sampled tokens, int[row] → next logits, float[row vocab]. Needs eval mode, no_grad."""
+        """Sampled tokens, int[row] → next logits, float[row vocab]; eval mode, no_grad"""
         self.token.copy_(token.unsqueeze(-1))
         self.forward()
         return self.logits
@@ -331,47 +332,48 @@ def generate_completions(
     model, tokenizer, prompts, num_generations, max_completion_length,
     temperature=1.0, eos_token_ids=None, generator=None, decoder=None,
 ):  # fmt: skip
-    """Completions of each prompt, a text; greedy if temperature is 0 → prompt_ids, prompt_mask
-    int[row prompt_pos], left-padded; completion_ids, completion_mask int[row pos], padded after the
-    end token; log π of each token as it was sampled, float32[row pos]. Leaves the model in eval
-    mode. decoder: a GraphDecoder, kept from call to call"""
+    """Completions of each prompt, a text; greedy if temperature is 0 → prompt_ids,
+    prompt_mask int[row prompt_pos], left-padded; completion_ids, completion_mask
+    int[row pos], padded after the end token; log π of each token as it was sampled,
+    float32[row pos]. Leaves the model in eval mode. decoder: a GraphDecoder to reuse"""
     eos_token_ids = eos_token_ids or get_eos_token_ids(model, tokenizer)
     prompt_ids, mask = encode(tokenizer, prompts, device=model.device)  # [batch prompt_pos]
-    cache = DynamicCache(config=model.config)
-    # (!2) No dropout. And with checkpointing, up to transformers 5.23, train mode switches the
-    # cache off: every token but the first would be sampled without its prompt.
+    # (!2) No dropout. And with checkpointing, up to transformers 5.23, train mode has no
+    # cache: every token but the first would be sampled without its prompt.
     model.eval()
     # Each prompt is read once for its whole group. Positions do not count the padding.
-    position = (mask.cumsum(dim=-1) - 1).clamp(min=0)  # [batch prompt_pos]
+    cache = DynamicCache(config=model.config)
     options = {CACHE: cache, "use_cache": True, "logits_to_keep": 1}
+    position = (mask.cumsum(dim=-1) - 1).clamp(min=0)  # [batch prompt_pos]
     logits = model(prompt_ids, attention_mask=mask, position_ids=position, **options).logits
     cache.batch_repeat_interleave(num_generations)
-    rows = torch.arange(len(mask), device=model.device).repeat_interleave(num_generations)  # [row]
-    prompt_ids, prompt_mask = prompt_ids[rows], mask[rows]  # [row prompt_pos]
-    logits, mask, position = logits[rows, -1], mask[rows], position[rows, -1:]  # [row …]
-    shape, pad = (len(rows), max_completion_length), tokenizer.pad_token_id
-    completion_ids = torch.full(shape, pad, device=model.device)  # [row pos]
-    log_probs = torch.zeros(shape, device=model.device)  # [row pos]
+    start = (prompt_ids, mask, position[:, -1:], logits[:, -1])
+    start = [x.repeat_interleave(num_generations, dim=0) for x in start]
+    prompt_ids, prompt_mask, position, logits = start  # [row …]
     if any(cache.is_sliding) or model.config._attn_implementation != "sdpa":
         decoder = None  # its boolean mask works with sdpa only, without sliding windows
     if decoder is not None:
-        decoder.start(model, cache, mask, position, max_completion_length)
+        decoder.start(model, cache, prompt_mask, position, max_completion_length)
+    shape, pad = (len(prompt_ids), max_completion_length), tokenizer.pad_token_id
+    completion_ids = torch.full(shape, pad, device=model.device)  # [row pos]
+    log_probs = torch.zeros(shape, device=model.device)  # [row pos]
     ends = torch.tensor(eos_token_ids, device=model.device)  # [end]
-    ended = torch.zeros(len(rows), dtype=torch.bool, device=model.device)  # [row]
-    active = (~ended).nonzero()[:, 0]  # [active]: rows that have not ended
+    active, mask = torch.arange(shape[0], device=model.device), prompt_mask  # [active …]
+    ended = torch.zeros_like(active, dtype=torch.bool)  # [active]
     for t in range(max_completion_length):
         token, log_prob = sample_tokens(logits, temperature, generator)  # each [active]
         completion_ids[active, t], log_probs[active, t] = token, log_prob
-        ended[active] |= torch.isin(token, ends)
+        ended = ended | torch.isin(token, ends)  # [active]
         if ended.all() or t == max_completion_length - 1:
             break
         if decoder is not None:  # keeps all rows, until the last has ended
             logits = decoder.decode(token)  # [row vocab]
             continue
-        if ended[active].any():  # rows that have ended are dropped, from the cache too
-            going = (~ended[active]).nonzero()[:, 0]  # indices into active
+        if ended.any():  # rows that have ended are dropped, from the cache too
+            going = (~ended).nonzero()[:, 0]  # indices into active
             cache.batch_select_indices(going)
-            active, mask, position, token = (x[going] for x in (active, mask, position, token))
+            rows = (active, mask, position, token, ended)
+            active, mask, position, token, ended = (x[going] for x in rows)
         mask, position = F.pad(mask, (0, 1), value=1), position + 1  # [active …], [active 1]
         inputs = dict(attention_mask=mask, position_ids=position)
         logits = model(token.unsqueeze(-1), **inputs, **options).logits[:, -1]  # [active vocab]
@@ -383,9 +385,9 @@ def generate_completions(
     return prompt_ids, prompt_mask, completion_ids, completion_mask, log_probs
 
 
-# 4. Advantages ====================================================================================
-# How much better was a completion than the others of its group? If all rewards of a group are
-# equal its advantages are 0 and it teaches nothing: a silent group. The 1e-4 is TRL's.
+# 4. Advantages ==========================================================================
+# How much better was a completion than the others of its group? If all rewards of a group
+# are equal its advantages are 0 and it teaches nothing: a silent group. 1e-4 is TRL's.
 
 ADVANTAGES = Literal[
     "normalized", "centered", "leave_one_out", "batch_normalized", "max_likelihood"
@@ -399,7 +401,7 @@ def compute_advantages(rewards, mode="normalized"):
         raise ValueError(f"rewards must be [batch trial ≥ 2] and finite, not {rewards}")
     rewards = rewards.float()
     mean = rewards.mean(dim=-1, keepdim=True)  # [batch 1]
-    # (!3) The mean of equal rewards may be off by rounding: / 1e-4 that looks like an advantage.
+    # (!3) The mean of equal rewards may be off by rounding: / 1e-4 that is an advantage.
     equal = rewards.amax(dim=-1, keepdim=True) == rewards.amin(dim=-1, keepdim=True)
     centered = (rewards - mean).masked_fill(equal, 0.0)  # [batch trial]
     if mode == "normalized":  # GRPO, arXiv 2402.03300, section 4.1.2
@@ -416,10 +418,10 @@ def compute_advantages(rewards, mode="normalized"):
 
 
 def compute_process_advantages(step_rewards, completion_mask, num_generations=None):
-    """Advantages of tokens from rewards of steps, for each row a list of (end token index, reward):
-    GRPO, arXiv 2402.03300, section 4.1.3. Normalised over all steps of a group; a token gets the
-    sum of its own and all later steps (so that padding the reasoning pays, too).
-    completion_mask int[row pos]; num_generations: rows of a group, None: all → float32[row pos]"""
+    """Advantages of tokens from rewards of steps, a list of (end token index, reward) for
+    each row: GRPO, arXiv 2402.03300, 4.1.3. Normalised over all steps of a group; a token
+    gets the sum of its own and all later steps (so that padding the reasoning pays, too).
+    mask int[row pos]; num_generations: rows of a group, None: all → float32[row pos]"""
     (rows, width), size = completion_mask.shape, num_generations or len(completion_mask)
     steps = [(row, *step) for row, found in enumerate(step_rewards) for step in found]
     fits = len(step_rewards) == rows and rows % size == 0
@@ -436,10 +438,10 @@ def compute_process_advantages(step_rewards, completion_mask, num_generations=No
     return advantages.to(completion_mask.device) * completion_mask
 
 
-# 5. Log-probabilities =============================================================================
-# The same log π(a_t | s, a_<t), now with gradients and at all positions at once. Logits, 151,936
-# a token, are the largest tensor. So the output layer is applied to a chunk of tokens at a time,
-# and again in the backward pass: memory depends on the chunk only.
+# 5. Log-probabilities ===================================================================
+# The same log π(a_t | s, a_<t), now with gradients and at all positions at once. Logits,
+# 151,936 a token, are the largest tensor. So the output layer is applied to a chunk of
+# tokens at a time, and again in the backward pass: memory depends on the chunk only.
 
 
 def selective_log_softmax(logits, ids):
@@ -449,7 +451,7 @@ def selective_log_softmax(logits, ids):
 
 
 def score_tokens(model, hidden, tokens, temperature=1.0, chunk=512):
-    """log π of tokens int[token] from the hidden states before them, float[token dim] → [token]"""
+    """log π of int[token] from the hidden states before, float[token dim] → [token]"""
     head = model.get_output_embeddings()
 
     def score(h, t):
@@ -463,10 +465,8 @@ def score_tokens(model, hidden, tokens, temperature=1.0, chunk=512):
 
 
 def compute_log_probs(model, input_ids, attention_mask, logits_to_keep, temperature=1.0, chunk=512):
-    """log π of the last logits_to_keep tokens of int[row pos] → float32[row logits_to_keep]
+    """log π of the last logits_to_keep tokens, int[row pos] → float32[row logits_to_keep]
     model: of transformers, not wrapped, accepted by check_model"""
-    if not 0 < logits_to_keep < input_ids.shape[1]:
-        raise ValueError(f"logits_to_keep {logits_to_keep} of {input_ids.shape[1]} tokens")
     positions = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)  # [row pos]
     inputs = dict(attention_mask=attention_mask, position_ids=positions, use_cache=False)
     hidden = model.base_model(input_ids=input_ids, **inputs).last_hidden_state  # [row pos dim]
@@ -478,13 +478,13 @@ def compute_log_probs(model, input_ids, attention_mask, logits_to_keep, temperat
 
 
 def compute_group_log_probs(model, prompt_ids, completion_ids, mask, temperature=1.0, chunk=512):
-    """The same for completions of one prompt, 0 for padding: int[prompt_pos], int[row pos], mask
-    [row pos] → float32[row pos]. The prompt is read once, into a cache that keeps its graph: the
-    gradients of all rows meet there."""
+    """The same for completions of one prompt, 0 for padding: int[prompt_pos], int[row
+    pos], mask [row pos] → float32[row pos]. The prompt is read once, into a cache that
+    keeps its graph: the gradients of all rows meet there."""
     rows, width = completion_ids.shape
     cache, real = DynamicCache(config=model.config), mask == 1
-    # Windows and recurrent states can't be repeated with their gradients, and checkpointing
-    # switches caches off: then every row reads the prompt. Padding at the end needs no mask.
+    # Windows and recurrent states can't be repeated with gradients, and checkpointing has
+    # no caches: then every row reads the prompt. Padding at the end needs no mask.
     checkpoints = any(getattr(x, "gradient_checkpointing", False) for x in model.modules())
     if checkpoints or any(type(layer) is not DynamicLayer for layer in cache.layers):
         ids = torch.cat([prompt_ids.expand(rows, -1), completion_ids], dim=1)  # [row all_pos]
@@ -503,8 +503,8 @@ def compute_group_log_probs(model, prompt_ids, completion_ids, mask, temperature
 
 @torch.no_grad()
 def check_model(model):
-    """ValueError if logits are not head(hidden), as they are taken to be here. Gemma 2 caps them,
-    Granite scales them: other probabilities would be trained than are sampled from."""
+    """ValueError if logits are not head(hidden), as they are taken to be here. Gemma 2
+    caps them, Granite scales them: other probabilities are sampled than trained."""
     ids, seen = torch.arange(8, device=model.device)[None], {}  # [1 8], any tokens
     hook = model.get_output_embeddings().register_forward_hook(
         lambda module, inputs, output: seen.update(hidden=inputs[0], logits=output)
@@ -517,15 +517,16 @@ def check_model(model):
         raise ValueError(f"{type(model).__name__} can't be trained here: {text}")
 
 
-# 6. The loss ======================================================================================
-# With ρ = exp(log π − log π_old), the ratio to the policy that sampled, the loss of a token is
+# 6. The loss ============================================================================
+# With ρ = exp(log π − log π_old), the ratio to the policy that sampled, a token's loss is
 #     ℓ = −min(ρ Â, clip(ρ, 1 − ε, 1 + ε_high) Â) + β k3        GRPO, arXiv 2402.03300, eq. 3
 #     k3 = exp(log π_ref − log π) − (log π_ref − log π) − 1     eq. 4: KL to the reference
-# Once ρ has passed 1 + ε_high with Â > 0, or 1 − ε with Â < 0, the token is not pushed any
-# further; the minimum keeps the way back open. In the first update ρ = 1: with type grpo the
-# loss is minus the mean advantage, 0, plus β k3. Its gradient, −Â ∇log π, is what teaches.
-# As a loss, k3 has the gradient of KL(π_ref ‖ π). k3_weighted = ρ k3 (DeepSeek-V3.2, arXiv
-# 2512.02556) has that of KL(π ‖ π_ref), except for what a token does to later ones (2506.09477).
+# Once ρ has passed 1 + ε_high with Â > 0, or 1 − ε with Â < 0, the token is not pushed
+# any further; the minimum keeps the way back open. In the first update ρ = 1: with type
+# grpo the loss is minus the mean advantage, 0, plus β k3. Its gradient, −Â ∇log π, is
+# what teaches.
+# As a loss, k3 has the gradient of KL(π_ref ‖ π). k3_weighted = ρ k3 (DeepSeek-V3.2,
+# 2512.02556) has that of KL(π ‖ π_ref), each token by itself (2506.09477).
 
 LOSS_TYPES = Literal["grpo", "dapo", "dr_grpo", "cispo"]
 RATIO_LEVELS = Literal["token", "sequence"]
@@ -539,11 +540,11 @@ def grpo_loss(
     num_items=None, num_rows=None,
 ):  # fmt: skip
     """The loss to minimise and what to log of it → (scalar, dict of detached scalars)
-    All tensors are [row pos], the mask 0 for padding; advantages may be [row], ref_log_probs None
-    if beta is 0. epsilon_high None: epsilon; max_completion_length: dr_grpo's constant. For parts
-    of a batch (micro-batches, processes) num_items and num_rows are the completion tokens and
-    completions of all of it: then losses and gradients of the parts add up. Logged are means over
-    tokens: ratio, kl, and the shares that were clipped, clip_fraction_low and _high."""
+    All tensors are [row pos], the mask 0 for padding; advantages may be [row],
+    ref_log_probs None if beta is 0. epsilon_high None: epsilon; max_completion_length:
+    dr_grpo's constant. For parts of a batch (micro-batches, processes) num_items and
+    num_rows are tokens and completions of all of it: then losses and gradients add up.
+    Logged are means over tokens: ratio, kl, and the clipped shares clip_fraction_low, _high"""
     level = importance_sampling_level
     for x, known in (loss_type, LOSS_TYPES), (level, RATIO_LEVELS), (kl_estimator, KL_ESTIMATORS):
         if x not in known.__args__ or x == "dr_grpo" and not max_completion_length:
@@ -564,7 +565,7 @@ def grpo_loss(
     if level == "sequence":  # the geometric mean: GSPO, arXiv 2507.18071, eq. 7
         ratio = (log_ratio.sum(dim=-1, keepdim=True) / row_tokens).exp()  # [row 1]
     low, high = ratio < 1 - epsilon, ratio > 1 + epsilon_high  # as ratio
-    if loss_type == "cispo":  # clips the weight, so every token keeps a gradient: 2506.13585
+    if loss_type == "cispo":  # clips the weight, every token keeps a gradient: 2506.13585
         low, weight = torch.zeros_like(low), ratio.detach().clamp(max=1 + epsilon_high)
         token_loss = -weight * advantages * log_probs.masked_fill(padding, 0)  # [row pos]
     else:
@@ -575,12 +576,12 @@ def grpo_loss(
     if beta:
         x = (ref_log_probs.detach() - log_probs).masked_fill(padding, 0)  # [row pos]
         kl = x.exp() - x - 1  # [row pos]
-        # weighted by the token's own ratio, at both levels: with another it is no KL's gradient
+        # weighted by the token's own ratio, at both levels: else it is no KL's gradient
         to_log["kl"] = token_ratio * kl if kl_estimator == "k3_weighted" else kl
         token_loss = token_loss + beta * to_log["kl"]
 
     token_loss = token_loss.masked_fill(padding, 0)  # [row pos]
-    if loss_type == "grpo":  # rows count the same: a token of a long completion counts less
+    if loss_type == "grpo":  # rows count the same: tokens of a long completion less
         loss = (token_loss / row_tokens).sum() / (num_rows or len(mask))
     elif loss_type == "dr_grpo":  # over a constant: Dr. GRPO, arXiv 2503.20783
         loss = token_loss.sum() / ((num_rows or len(mask)) * max_completion_length)
@@ -589,7 +590,7 @@ def grpo_loss(
     return loss, {name: (x * mask).sum().detach() / tokens for name, x in to_log.items()}
 
 
-# 7. A worked example, to follow with a pencil =====================================================
+# 7. A worked example, to follow with a pencil ===========================================
 EXAMPLE = """\
 Ann sold 48 clips in April and half as many in May. How many did she sell? (72) Four completions:
 
@@ -609,10 +610,11 @@ process           2.8 1.9 0.9      -0.9 -1.9 -0.9   -0.9 0.0 -0.9    -0.9    a t
 In the first update every ratio is 1, and the loss (type grpo) is minus the mean advantage: 0. Its
 gradient at log π of each of a completion's n tokens is −Â / (4 n): only the first gets likelier."""
 
-# 8. Settings ======================================================================================
-# Task, rewards and most values are those of A. Burkov's tutorial (github.com/aburkov/theLMbook).
-# Changed: ε from 0.1 to 0.2, gradient norm from 0.1 to 1, 7 prompts to 8, weight decay from 0.01
-# to 0, and learning rate from 5e-6 to 2e-6: float32 weights (section 12) round no update away.
+# 8. Settings ============================================================================
+# Task, rewards and most values are those of A. Burkov's tutorial
+# (github.com/aburkov/theLMbook). Changed: ε from 0.1 to 0.2, gradient norm from 0.1 to 1,
+# 7 prompts to 8, weight decay from 0.01 to 0, and learning rate from 5e-6 to 2e-6:
+# float32 weights (section 12) round no update away.
 
 
 def setting(default, text):
@@ -677,10 +679,10 @@ def check_settings(settings, num_problems=math.inf):
         raise ValueError(f"--batch-size {settings.batch_size} must be {bounds}")
 
 
-# 9. Evaluation ====================================================================================
-# Greedy, on problems that were not trained on. Strict: correctness_reward gives points. Lenient
-# also takes the last number of a text that has none in the answer tag: a model may know the
-# answer and not the format. (From here on several processes may share the work: section 12.)
+# 9. Evaluation ==========================================================================
+# Greedy, on problems that were not trained on. Strict: correctness_reward gives points.
+# Lenient also takes the last number of a text that has none in the answer tag: a model
+# may know the answer and not the format. (Processes share the work: section 12.)
 
 
 def wilson_interval(successes, n, z=1.959964):
@@ -695,7 +697,7 @@ def evaluate_model(
     model, tokenizer, problems, max_completion_length,
     batch_size=128, decoder=None, example_turn=False, save_to=None,
 ):  # fmt: skip
-    """Greedy accuracy on problems as of load_problems → dict: examples, strict and its interval
+    """Greedy accuracy on problems of load_problems → dict: examples, strict, its interval
     strict_low, strict_high, lenient, format (share with all tags), finished_fraction,
     mean_length. save_to: a path for all completions, as JSONL"""
     ends, rows = get_eos_token_ids(model, tokenizer), []
@@ -724,13 +726,14 @@ def evaluate_model(
     return result
 
 
-# 10. The training loop ============================================================================
-# A step: prompts → completions → rewards → advantages, with the policy that is then π_old. Then
-# µ times: log-probabilities → loss → gradient over all rows → AdamW.
+# 10. The training loop ==================================================================
+# A step: prompts → completions → rewards → advantages, with the policy that is then
+# π_old. Then µ times: log-probabilities → loss → gradient over all rows → AdamW. What
+# goes to metrics.jsonl is explained where it is computed.
 
 
 def step_indices(step, batch_size, num_problems, seed):
-    """The problems of one step: every epoch is a new permutation, and none is left out."""
+    """The problems of a step: every epoch is a new permutation, and none is left out."""
     first, order = step * batch_size, []
     for epoch in range(first // num_problems, (first + batch_size - 1) // num_problems + 1):
         order += random.Random(f"{seed}, epoch {epoch}").sample(range(num_problems), num_problems)
@@ -738,10 +741,11 @@ def step_indices(step, batch_size, num_problems, seed):
 
 
 def collect_rollout(model, tokenizer, problems, settings, generator, decoder=None):
-    """Sample a group for each problem of this process, reward it, compare it → (micro-batches,
-    a dict for metrics.jsonl, of all processes; a sample to look at)"""
+    """Sample a group for each problem of this process, reward it, compare it →
+    (micro-batches, metrics of all processes, a sample to look at)"""
     G, ends = settings.num_generations, get_eos_token_ids(model, tokenizer)
     prompts = [build_prompt(p["question"], tokenizer, settings.example_turn) for p in problems]
+    answers = [p["answer"] for p in problems for _ in range(G)]
     sampled = generate_completions(
         model, tokenizer, prompts, G, settings.max_completion_length,
         settings.temperature, ends, generator, decoder,
@@ -749,40 +753,38 @@ def collect_rollout(model, tokenizer, problems, settings, generator, decoder=Non
     _, _, completion_ids, completion_mask, log_probs = sampled
     tokens = [ids[mask == 1].tolist() for ids, mask in zip(completion_ids, completion_mask)]
     texts = [decode_tokens(tokenizer, row, ends) for row in tokens]
-    answers = [problem["answer"] for problem in problems for _ in range(G)]
-    scores = dict(
-        combined=checked_rewards(combined_reward, texts, answers),
-        correctness=checked_rewards(correctness_reward, texts, answers),
-        format=checked_rewards(format_reward, texts),
-    )
-    rewards = scores[settings.reward]
+    correctness = checked_rewards(correctness_reward, texts, answers)
+    form = checked_rewards(format_reward, texts)
+    combined = checked_rewards(combined_reward, texts, answers)
+    rewards = dict(combined=combined, correctness=correctness, format=form)[settings.reward]
     if settings.supervision == "process":
         steps = [step_rewards(text, answer) for text, answer in zip(texts, answers)]
         steps = [locate_steps(x, row, tokenizer, ends) for x, row in zip(steps, tokens)]
         advantages = compute_process_advantages(steps, completion_mask, G)  # [row pos]
     else:
-        # The rewards of all processes together, so that batch_normalized sees the whole step.
+        # The rewards of all processes: batch_normalized must see the whole step.
         everyone = torch.tensor(gather_lists(rewards)).view(-1, G)  # [batch trial]
-        own = my_share(compute_advantages(everyone, settings.advantage))  # this process's groups
+        own = my_share(compute_advantages(everyone, settings.advantage))  # [own batch trial]
         advantages = own.reshape(-1, 1).to(model.device) * completion_mask  # [row pos]
 
-    rows = {
-        "reward_mean": rewards,
-        "correctness": scores["correctness"],
-        "format": scores["format"],
-        "accuracy": [score >= FULL_MARKS for score in scores["correctness"]],
-        "completion_length": [len(row) for row in tokens],
-        "finished_fraction": [row[-1] in ends for row in tokens],
-        "entropy": (-log_probs.sum(dim=-1)).tolist(),
+    rows = {  # of each completion; logged are the means over those of all processes
+        "reward_mean": rewards,  # what is trained on
+        "correctness": correctness,
+        "format": form,
+        "accuracy": [score >= FULL_MARKS for score in correctness],
+        "completion_length": [len(row) for row in tokens],  # tokens
+        "finished_fraction": [row[-1] in ends for row in tokens],  # not cut off
+        "entropy": (-log_probs.sum(dim=-1)).tolist(),  # nats a token; at 0 nothing is tried
         "silent": (advantages == 0).all(dim=-1).tolist(),
-    }  # then of all processes, as float64[batch trial]
+    }
     rows = {k: torch.tensor(gather_lists(x)).double().view(-1, G) for k, x in rows.items()}
-    silent = rows.pop("silent")
+    silent = rows.pop("silent")  # [batch trial], as all rows
     record = {name: x.mean().item() for name, x in rows.items()}
     record["entropy"] /= record["completion_length"]
-    record["reward_std"] = rows["reward_mean"].std(dim=-1).mean().item()
-    record["zero_std_groups"] = int(silent.all(dim=-1).sum())
-    record |= {"num_rows": silent.numel(), "num_items": int(rows["completion_length"].sum())}
+    record["reward_std"] = rows["reward_mean"].std(dim=-1).mean().item()  # within a group
+    record["zero_std_groups"] = int(silent.all(dim=-1).sum())  # silent groups
+    record["num_rows"] = silent.numel()  # completions of the step …
+    record["num_items"] = int(rows["completion_length"].sum())  # … and their tokens
     # of the first group the best and the worst, with the advantage of their first token
     graded = sorted(zip(rewards[:G], texts[:G], advantages[:G, 0].tolist()))
     shown = [dict(reward=r, text=x, advantage=a) for r, x, a in (graded[-1], graded[0])]
@@ -793,8 +795,8 @@ def collect_rollout(model, tokenizer, problems, settings, generator, decoder=Non
 
 
 def make_micro_batches(sampled, advantages, num_generations, micro_batch_size, keep_silent):
-    """What generate_completions returns, and advantages [row pos] → list of dicts, of one prompt
-    each: prompt_ids int[prompt_pos]; completion_ids, mask, sampled (log π), advantages [row pos]"""
+    """What generate_completions returns, and advantages → list of dicts, of one prompt
+    each: prompt_ids [prompt_pos]; completion_ids, mask, sampled, advantages [row pos]"""
     prompt_ids, prompt_mask, completion_ids, completion_mask, log_probs = sampled
     columns = {"completion_ids": completion_ids, "mask": completion_mask}
     columns |= {"sampled": log_probs, "advantages": advantages}
@@ -805,22 +807,17 @@ def make_micro_batches(sampled, advantages, num_generations, micro_batch_size, k
             rows = group[start : start + micro_batch_size]  # of like length: little padding
             batch = {name: x[rows, : lengths[rows[0]]] for name, x in columns.items()}
             batch["prompt_ids"] = prompt_ids[first][prompt_mask[first] == 1]
-            if keep_silent or (batch["advantages"] != 0).any():  # otherwise there is no gradient
+            if keep_silent or (batch["advantages"] != 0).any():  # else no gradient
                 batches.append(batch)
     return batches
 
 
 def update_policy(model, reference, optimizer, batches, settings, num_rows, num_items):
-    """µ gradient steps on one rollout → dict of what to log. num_rows and num_items are those of
-    the whole step, silent rows included: so micro-batches and processes change nothing."""
+    """µ gradient steps on one rollout → metrics of all processes. num_rows, num_items: of
+    the whole step, silent rows too, so that micro-batches and processes change nothing"""
     if settings.gradient_checkpointing:
         switch_on_checkpointing(model)
-    names = "epsilon epsilon_high beta loss_type importance_sampling_level kl_estimator "
-    names = (names + "max_completion_length").split()
-    options = {name: getattr(settings, name) for name in names}
-    weights, norms = optimizer.param_groups[0]["params"], []
-    kl = 0.0 if settings.beta else math.nan
-    totals = dict(loss=0.0, kl=kl, clip_fraction=0.0, logprob_gap=0.0, tokens=0)
+    weights, norms, totals = optimizer.param_groups[0]["params"], [], Counter()
     # Without any batch there is no update: AdamW's momentum alone would move the weights.
     for update in range(settings.mu if any(gather_lists([bool(batches)])) else 0):
         for batch in batches:
@@ -829,7 +826,7 @@ def update_policy(model, reference, optimizer, batches, settings, num_rows, num_
             inputs["temperature"] = settings.temperature
             log_probs = compute_group_log_probs(model, **inputs)  # [row pos]
             if update == 0:
-                # (!6) Before the first update these are log π_old. Later ones (µ > 1) keep them.
+                # (!6) Before the first update these are log π_old; later ones keep them.
                 batch["old"], batch["ref"] = log_probs.detach(), None
                 if reference is not None:
                     with torch.no_grad():
@@ -839,16 +836,20 @@ def update_policy(model, reference, optimizer, batches, settings, num_rows, num_
                 advantages = advantages * gap.exp().clamp(max=settings.sampler_cap)
             loss, metrics = grpo_loss(
                 log_probs, batch["old"], batch["ref"], advantages, mask,
-                num_rows=num_rows, num_items=num_items, **options,
+                epsilon=settings.epsilon, epsilon_high=settings.epsilon_high, beta=settings.beta,
+                loss_type=settings.loss_type, kl_estimator=settings.kl_estimator,
+                importance_sampling_level=settings.importance_sampling_level,
+                max_completion_length=settings.max_completion_length,
+                num_rows=num_rows, num_items=num_items,
             )  # fmt: skip
             loss.backward()
             tokens = mask.sum().item()
-            clipped = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
-            totals["loss"] += loss.item()
-            totals["kl"] += float(metrics.get("kl", 0)) * tokens / num_items
-            totals["clip_fraction"] += clipped.item() * tokens / num_items
-            totals["logprob_gap"] += (gap.abs() * mask).sum().item()
             totals["tokens"] += tokens
+            totals["loss"] += loss.item()
+            totals["gap"] += (gap.abs() * mask).sum().item()
+            totals["kl"] += float(metrics.get("kl", 0)) * tokens
+            clipped = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
+            totals["clipped"] += clipped.item() * tokens
         for weight in weights if WORLD_SIZE > 1 else ():
             if weight.grad is None:  # this process's groups were all silent
                 weight.grad = torch.zeros_like(weight)
@@ -857,29 +858,21 @@ def update_policy(model, reference, optimizer, batches, settings, num_rows, num_
         if math.isfinite(norms[-1]):
             optimizer.step()
         optimizer.zero_grad()
-    parts = gather_lists([totals])  # of all processes
-    learned = {name: sum(part[name] for part in parts) / settings.mu for name in totals}
-    learned["logprob_gap"] /= learned.pop("tokens") or 1
-    learned["grad_norm"] = sum(norms) / settings.mu
-    learned["skipped_updates"] = sum(not math.isfinite(norm) for norm in norms)
+    parts = gather_lists([totals])
+
+    def mean(name):
+        return sum(part[name] for part in parts) / settings.mu
+
+    learned = {
+        "loss": mean("loss"),  # no measure of progress: near 0 if µ = 1 (section 6)
+        "kl": mean("kl") / num_items if settings.beta else math.nan,  # nats a token
+        "clip_fraction": mean("clipped") / num_items,  # of tokens; 0 if µ = 1
+        # mean |log π as sampled − as scored|: 1e-6 in float32, 1e-2 in bfloat16
+        "logprob_gap": mean("gap") / (mean("tokens") or 1),
+        "grad_norm": sum(norms) / settings.mu,  # before clipping
+        "skipped_updates": sum(not math.isfinite(norm) for norm in norms),
+    }
     return {name: x if math.isfinite(x) else None for name, x in learned.items()}  # for JSON
-
-
-# metrics.jsonl, a line a step, and what is normal:
-#     loss                near 0 from first to last with loss type grpo, outcome supervision and
-#                         µ = 1 (section 6): it does not measure progress
-#     reward_mean         noisy; correctness and format are its parts, accuracy the full marks
-#     reward_std          mean over groups of the spread within one: what there is to learn from
-#     zero_std_groups     silent groups; num_rows, num_items: completions and their tokens
-#     kl, entropy         of a token, in nats; at entropy 0 nothing new is tried
-#     logprob_gap         mean |log π as sampled − log π as scored| before the first update: 1e-6
-#                         in float32, 1e-2 in bfloat16; if larger, the two disagree
-#     clip_fraction       share of tokens whose gradient was clipped; 0 if µ = 1
-#     grad_norm           before clipping; skipped_updates: those that were not finite
-#     finished_fraction   share that ended with an end token; completion_length: tokens
-#     tokens_per_second   num_items over step_seconds
-#     peak_memory_bytes   of tensors on the GPU of rank 0 since the start; learning_rate: constant
-LOGS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
 
 
 def train_with_grpo(model, tokenizer, train_problems, settings, eval_problems=(), decoder=None):
@@ -887,9 +880,10 @@ def train_with_grpo(model, tokenizer, train_problems, settings, eval_problems=()
     check_settings(settings, len(train_problems))
     out, total = Path(settings.output_dir), settings.num_iterations * settings.num_steps
     optimizer = make_optimizer(model, settings.learning_rate, settings.offload_optimizer)
-    # (!7) A frozen copy: a reference that shares tensors would be trained too. None if β = 0.
+    # (!7) A frozen copy: a reference that shares tensors would be trained too.
     reference = copy.deepcopy(model).requires_grad_(False) if settings.beta else None
     start = load_checkpoint(out, model, optimizer, reference) if settings.resume else 0
+    optimizer.param_groups[0]["lr"] = settings.learning_rate  # may be another than before
     evaluated, caught, recent = start_logs(out, start, settings), note_signals(), []
 
     def evaluate_if_due(step):
@@ -911,19 +905,17 @@ def train_with_grpo(model, tokenizer, train_problems, settings, eval_problems=()
         batches, record, sample = collect_rollout(
             model, tokenizer, problems, settings, generator, decoder
         )
-        record |= update_policy(
-            model, reference, optimizer, batches, settings,
-            num_rows=record["num_rows"], num_items=record["num_items"],
-        )  # fmt: skip
+        size = dict(num_rows=record["num_rows"], num_items=record["num_items"])
+        record |= update_policy(model, reference, optimizer, batches, settings, **size)
         seconds = time.perf_counter() - started
         record |= {"tokens_per_second": record["num_items"] / seconds, "step_seconds": seconds}
-        record["peak_memory_bytes"] = torch.cuda.max_memory_allocated() or None
+        record["peak_memory_bytes"] = torch.cuda.max_memory_allocated() or None  # of rank 0
         record["learning_rate"] = settings.learning_rate
         append_line(out / "metrics.jsonl", {"step": step, **record})
         append_line(out / "samples.jsonl", {"step": step, **sample})
         bar.set_postfix(reward_mean=record["reward_mean"], accuracy=record["accuracy"])
         recent = [*recent[-9:], record]
-        comment_on(step, recent, sample, settings)
+        comment_on(step, recent, sample)
         if len(recent) > 2 and all(x["skipped_updates"] for x in recent[-3:]):
             text = f"step {step}: three steps in a row had numbers that are not finite"
             raise FloatingPointError(f"{text}; --resume with a smaller --learning-rate")
@@ -939,7 +931,7 @@ def train_with_grpo(model, tokenizer, train_problems, settings, eval_problems=()
 
 
 def evaluate_and_log(model, tokenizer, problems, settings, decoder, step):
-    """Evaluate, print, and add to eval.jsonl; all completions go to completions-STEP.jsonl."""
+    """Evaluate, print, add to eval.jsonl; completions go to completions-STEP.jsonl."""
     out = Path(settings.output_dir)
     result = evaluate_model(
         model, tokenizer, problems, settings.max_completion_length, settings.eval_batch_size,
@@ -950,33 +942,27 @@ def evaluate_and_log(model, tokenizer, problems, settings, decoder, step):
     append_line(out / "eval.jsonl", {"step": step, "model": settings.model, **result})
 
 
-def comment_on(step, recent, sample, settings):
-    """Show a sample now and then, and say what usually goes wrong when it does. recent: the last
-    ten records"""
+def comment_on(step, recent, sample):
+    """Show a sample now and then, say what goes wrong. recent: the last ten records"""
     if step % 10 == 1:
         say(f"\nstep {step}: {sample['question']} (answer: {sample['answer']})")
         for x in sample["completions"]:
-            lines = [repr(line)[1:-1] for line in x["text"].split("\n")]  # control characters: \x1b
+            lines = [repr(line)[1:-1] for line in x["text"].split("\n")]  # no raw \x1b
             say(f"  reward {x['reward']:.1f}: " + "\n    ".join(lines))
-    if recent[-1]["reward_std"] == 0:
-        say(f"step {step}: rewards are equal within every group")
     if (recent[-1]["logprob_gap"] or 0) > 0.1:
         say(f"step {step}: sampler and trainer disagree, see logprob_gap in metrics.jsonl")
     form, accuracy = (sum(x[name] for x in recent) / 10 for name in ("format", "accuracy"))
     if step % 10 == 0 and form > 0.7 and accuracy < 0.1:
-        better = {"example_turn": True, "advantage": "centered", "loss_type": "dapo"}
-        untried = [name for name, value in better.items() if getattr(settings, name) != value]
-        flags = [f"--{name.replace('_', '-')} {better[name]}" for name in untried]
-        text = f"These may help: {', '.join(flags) or 'more steps, another --learning-rate'}"
-        say(f"step {step}: the format is learned, the answers are not. {text}")
+        flags = "--example-turn, --advantage centered, --loss-type dapo"
+        say(f"step {step}: the format is learned, the answers are not. These may help: {flags}")
 
 
-# 11. Step rewards: process supervision ============================================================
-# An outcome reward treats every token alike. Process supervision (arXiv 2402.03300, section 4.1.3;
-# here --supervision process) rewards each step of the reasoning. The paper trained a model for it.
-# Here a step is a line with an equation, because arithmetic can be checked. Judged is only what can
-# be read in one way: a op b (op c …) = d with plain numbers, and nothing before or after it that
-# could belong to it. Not brackets, powers, variables, number words.
+# 11. Step rewards: process supervision ==================================================
+# An outcome reward treats every token alike. Process supervision (arXiv 2402.03300, 4.1.3)
+# rewards each step of the reasoning. The paper trained a model for it. Here a step is a
+# line with an equation, because arithmetic can be checked. Judged is only what can be read
+# in one way: a op b (op c …) = d with plain numbers, and nothing next to it that could
+# belong to it. Not brackets, powers, variables, number words.
 
 TERM = rf"(?!0[0-9])(?:{NUMBER})%?"
 EQUATION = re.compile(
@@ -1004,7 +990,7 @@ CONVERSIONS = (3, 7, 12, 16, 24, 30, 36, 52, 60, 100, 365, 1000, 3600)  # 30 + 3
 
 
 def judge_equation(left, right):
-    """'48/2', '24' → True, False, or None where digits may be cut off or the unit another"""
+    """'48/2', '24' → True, False, or None: digits may be cut off, or the unit another"""
     tokens = ["+", *re.findall(rf"[-+*/]|{TERM}", left), "=", right]
     numbers = [Fraction(x.strip("%").replace(",", "")) for x in tokens[1::2]]
     numbers = [x / 100 if "%" in text else x for x, text in zip(numbers, tokens[1::2])]
@@ -1029,9 +1015,9 @@ def judge_equation(left, right):
 
 
 def step_rewards(completion, answer):
-    """Where each step of a completion ends and its reward → list[(character offset, reward)]
-    A step is a line of the reasoning with an equation that is judged: 1.0 if all on it hold,
-    otherwise 0.0. The last step, the answer, is worth half the correctness reward."""
+    """Where each step of a completion ends, and its reward → list[(character, reward)]
+    A step is a line of the reasoning with an equation that is judged: 1.0 if all on it
+    hold, otherwise 0.0. The last step, the answer, earns half its correctness_reward."""
     steps, inside = [], r"(?s)(?:.*?<reasoning>)?(.*?)(?:</reasoning>|<answer>|$)"
     for line in re.compile(".+").finditer(completion, *re.match(inside, completion).span(1)):
         end, text, verdicts = line.end(), line[0], []
@@ -1053,9 +1039,9 @@ def step_rewards(completion, answer):
 
 
 def locate_steps(steps, tokens, tokenizer, eos_token_ids):
-    """(character offset, reward) → list[(end token index, reward)], for a list of sampled tokens
-    Encoding the text again may split it differently. So each end is searched for, by halving: the
-    shortest prefix of the tokens that decodes to all of the text up to that offset."""
+    """(character offset, reward) → list[(end token index, reward)], for sampled tokens
+    Encoding the text again may split it differently. So each end is searched for, by
+    halving: the shortest prefix of the tokens that decodes to the text up to there."""
     text, last = decode_tokens(tokenizer, tokens, eos_token_ids), len(tokens) - 1
     found, index = [], 0
     for end, reward in steps[:-1]:
@@ -1068,9 +1054,9 @@ def locate_steps(steps, tokens, tokenizer, eos_token_ids):
     return [*found, (last, steps[-1][1])]
 
 
-# 12. Around the loop: processes, precision, logs, checkpoints, signals ============================
-# torchrun starts one process for each GPU. Each samples and learns from its share of the prompts.
-# Gradients are summed by hand, because processes may have different numbers of micro-batches.
+# 12. Around the loop: processes, precision, logs, checkpoints, signals ==================
+# torchrun starts a process for each GPU. Each samples and learns from its share of the
+# prompts. Gradients are summed by hand: numbers of micro-batches may differ.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -1095,14 +1081,16 @@ def say(text):
 
 
 def make_optimizer(model, learning_rate, offload=False):
-    """AdamW on float32 weights: the model's own, or copies (masters), with offload in host memory.
-    bfloat16 alone hardly learns: near 0.02 its values are 1.2e-4 apart, and steps of 2e-6 are
-    rounded away. Hooks carry gradients to the masters, and the masters into the model, in place."""
+    """AdamW on float32 weights: the model's own, or copies (masters), with offload in
+    host memory. bfloat16 alone hardly learns: near 0.02 its values are 1.2e-4 apart, and
+    steps of 2e-6 are rounded away. Hooks carry gradients there and weights back."""
     weights = masters = list(model.parameters())
     if offload or any(weight.dtype != torch.float32 for weight in weights):
         options = dict(device="cpu" if offload else None, dtype=torch.float32, copy=True)
         masters = [weight.detach().to(**options).requires_grad_() for weight in weights]
     optimizer = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0, fused=True)
+    if masters is weights:
+        return optimizer
 
     def move_gradient(weight, master):
         gradient = weight.grad.to(master.device, torch.float32)
@@ -1113,16 +1101,15 @@ def make_optimizer(model, learning_rate, offload=False):
         for weight, master in zip(weights, masters):
             weight.data.copy_(master.data)  # rounded, if the model is bfloat16
 
-    if masters is not weights:
-        for weight, master in zip(weights, masters):
-            weight.register_post_accumulate_grad_hook(partial(move_gradient, master=master))
-        optimizer.register_step_post_hook(copy_back)
+    for weight, master in zip(weights, masters):
+        weight.register_post_accumulate_grad_hook(partial(move_gradient, master=master))
+    optimizer.register_step_post_hook(copy_back)
     return optimizer
 
 
 def switch_on_checkpointing(model):
-    """transformers checkpoints layers in train mode only, which brings dropout and other noise. So
-    just the layers are set to it, not what is inside them, until the next model.eval()."""
+    """transformers checkpoints layers in train mode only, which brings dropout and other
+    noise. So just the layers are set to it, not what is in them, until model.eval()."""
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.training = True
@@ -1130,7 +1117,7 @@ def switch_on_checkpointing(model):
 
 
 def note_signals():
-    """SIGINT and SIGTERM are put into the list that is returned; a second SIGINT ends at once."""
+    """SIGINT and SIGTERM are put into the list returned; a second SIGINT ends at once."""
     caught = []
 
     def note(number, frame):
@@ -1145,41 +1132,45 @@ def note_signals():
 
 def replace_file(path, write):
     """write(temporary path), then rename: `path` is there whole, or as it was before"""
-    temporary = path.with_name("incomplete.tmp")  # one name, so that a killed run leaves one file
+    temporary = path.with_name("incomplete.tmp")  # one name: killed runs leave one file
     write(temporary)
     temporary.replace(path)
 
 
 def write_lines(path, rows):
-    """Rows as JSON lines."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def read_lines(path):
+    """Rows of a log; a last line that was cut off is left out"""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
 def append_line(path, record):
-    """One line of JSON, on the disk at once. Only rank 0 writes."""
     if RANK == 0:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 
 def start_logs(out, step, settings):
-    """Drop what logs say of later steps, and lines that were cut off → the steps evaluated"""
-    kept = []
+    """Drop what logs say of later steps → the steps that this model was evaluated at"""
     out.mkdir(parents=True, exist_ok=True)
-    for path in [out / name for name in LOGS] if RANK == 0 else []:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        kept = [record for record in map(json.loads, lines) if record["step"] <= step]
-        write_lines(path, kept)
-    ours = [x["step"] for x in kept if x["model"] == settings.model]  # kept: of eval.jsonl
-    return gather_lists(ours if settings.resume else [])
+    for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl") if RANK == 0 else ():
+        write_lines(out / name, [x for x in read_lines(out / name) if x["step"] <= step])
+    rows = read_lines(out / "eval.jsonl") if RANK == 0 and settings.resume else []
+    return gather_lists([x["step"] for x in rows if x["model"] == settings.model])
 
 
 def save_checkpoint(out, optimizer, reference, step):
-    """All that --resume needs; random state and data position follow from seed and step."""
-    masters = [master.detach() for master in optimizer.param_groups[0]["params"]]
-    state = {"step": step, "masters": masters, "optimizer": optimizer.state_dict()}
-    state["reference"] = None if reference is None else reference.state_dict()
+    """All that --resume needs; random state and data position follow from the step."""
+    state = {
+        "step": step,
+        "masters": [master.detach() for master in optimizer.param_groups[0]["params"]],
+        "optimizer": optimizer.state_dict(),
+        "reference": None if reference is None else reference.state_dict(),
+    }
     folder = out / "checkpoints"
     folder.mkdir(exist_ok=True)
     replace_file(folder / f"step-{step:06d}.pt", partial(torch.save, state))
@@ -1195,9 +1186,7 @@ def load_checkpoint(out, model, optimizer=None, reference=None):
     state = torch.load(paths[-1], map_location="cpu", weights_only=True)
     targets = [*model.parameters()]
     if optimizer is not None:
-        learning_rate = optimizer.param_groups[0]["lr"]  # may be another than before
         optimizer.load_state_dict(state["optimizer"])
-        optimizer.param_groups[0]["lr"] = learning_rate
         targets += optimizer.param_groups[0]["params"]
     for weight, saved in zip(targets, state["masters"] * 2):
         weight.data.copy_(saved)
@@ -1207,7 +1196,7 @@ def load_checkpoint(out, model, optimizer=None, reference=None):
 
 
 def draw_curves(out, model_name):
-    """curves.png from the metrics.jsonl and eval.jsonl of a run, if matplotlib is there."""
+    """curves.png from a run's metrics.jsonl and eval.jsonl, if matplotlib is there."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -1215,16 +1204,16 @@ def draw_curves(out, model_name):
     plt.switch_backend("Agg")  # no window
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.2), layout="constrained")
     panels = {
-        "reward of the samples": ("metrics", "reward_mean", "correctness", "format"),
-        "length of the samples, tokens": ("metrics", "completion_length"),
-        "nats a token": ("metrics", "entropy", "kl"),
-        "held-out accuracy, greedy": ("eval", "strict", "lenient", "strict_low"),
+        "reward of the samples": ("reward_mean", "correctness", "format"),
+        "length of the samples, tokens": ("completion_length",),
+        "nats a token": ("entropy", "kl"),
+        "held-out accuracy, greedy": ("strict", "lenient", "strict_low"),
     }
-    for axis, (title, (log, *names)) in zip(axes, panels.items()):
-        lines = map(json.loads, (out / f"{log}.jsonl").read_text(encoding="utf-8").splitlines())
-        lines = [x for x in lines if x.get("model", model_name) == model_name]
+    evaluations = [x for x in read_lines(out / "eval.jsonl") if x["model"] == model_name]
+    rows = read_lines(out / "metrics.jsonl") + evaluations
+    for axis, (title, names) in zip(axes, panels.items()):
         for name, style in zip(names, ("-", "--", ":")):
-            points = [(x["step"], x[name]) for x in lines if x[name] is not None]
+            points = [(x["step"], x[name]) for x in rows if x.get(name) is not None]
             axis.plot(*zip(*points), style, label=name) if points else None
         axis.set(title=title, xlabel="step", ylim=(-0.03 * axis.get_ylim()[1], None))  # shows 0
         axis.locator_params(axis="x", integer=True)
@@ -1233,11 +1222,12 @@ def draw_curves(out, model_name):
     plt.close(figure)
 
 
-# 13. The rehearsal ================================================================================
-# The whole job in miniature: word problems of one and two steps in GSM8K's format, and a Qwen2 of
-# half a million random weights. That never answers, so it is shown demonstrations first, with a bad
-# habit: seven in ten stop a two-step problem half way. Greedy, it then always does; sampled, it
-# goes on at times, and GRPO rewards that. Of each template a fifth of the numbers is held out.
+# 13. The rehearsal ======================================================================
+# The whole job in miniature: word problems of one and two steps in GSM8K's format, and a
+# Qwen2 of half a million random weights. That never answers, so it is shown
+# demonstrations first, with a bad habit: seven in ten stop a two-step problem half way.
+# Greedy, it then always does; sampled, it goes on at times, and GRPO rewards that. Of
+# each template a fifth of the numbers is held out.
 
 REHEARSAL = dict(
     output_dir="runs/rehearsal", num_steps=40, batch_size=32, num_generations=8, beta=0.0,
@@ -1270,7 +1260,8 @@ def solve(numbers, operations):
 
 
 def make_problems(seed, num_train=4000):
-    """→ (training problems, three in ten of them drills, as "What is 7 * 2?"; held-out problems)"""
+    """→ (training problems, three in ten of them drills, as "What is 7 * 2?"; held-out
+    problems)"""
     rng = random.Random(f"problems {seed}")
 
     def word_problem(text, numbers, steps):
@@ -1302,14 +1293,16 @@ def make_problems(seed, num_train=4000):
 
 
 def demonstrate(problem, keep_steps=None, tags=True):
-    """A problem's worked answer as a completion, with all its steps or the first keep_steps."""
+    """A problem's worked answer as a completion, with all its steps or the first
+    keep_steps."""
     lines = "\n".join(problem["answer"].partition("\n####")[0].split("\n")[:keep_steps])
     reasoning = f"<reasoning>\n{lines}\n</reasoning>\n" if tags else f"{lines}\n"
     return f"{reasoning}<answer>\n{lines.split()[-1]}\n</answer>"
 
 
 def make_tokenizer(problems):
-    """Qwen2's own kind, trained on the problems; tags and system prompt are a token each."""
+    """Qwen2's own kind, trained on the problems; tags and system prompt are a token
+    each."""
     texts = [text for p in problems for text in (p["question"], demonstrate(p))]
     options = dict(new_special_tokens=["<|im_start|>"], show_progress=False)
     tokenizer = transformers.Qwen2Tokenizer(eos_token="<|im_end|>").train_new_from_iterator(
@@ -1321,7 +1314,8 @@ def make_tokenizer(problems):
 
 
 def fine_tune(model, tokenizer, problems, num_steps, seed, batch_size=32, learning_rate=2e-3):
-    """Supervised: −mean log π of demonstrations that stop early, or leave out two tags."""
+    """Supervised: −mean log π of demonstrations that stop early, or leave out two
+    tags."""
     rng = random.Random(f"demonstrations {seed}")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     for step in tqdm(range(num_steps), desc="warming up", leave=False):
@@ -1361,38 +1355,37 @@ def make_start(folder, seed, num_steps=1500, device="cpu"):
     gather_lists([])  # wait for rank 0
 
 
-# 14. Command line =================================================================================
-FIXED = ("model", "train_file", "batch_size", "seed")  # they decide which problems a step has
+# 14. Command line =======================================================================
+FIXED = ("model", "train_file", "batch_size", "seed")  # they decide on a step's problems
 
 
 def parse_settings(parser, argv):
-    """The command line as Settings. --rehearsal brings other defaults; so does the config.json of
-    --output-dir, with --resume, and for an evaluation of its final/."""
+    """The command line as Settings. --rehearsal brings other defaults; so does the
+    config.json of --output-dir, with --resume and for evaluating its final/."""
     args = parser.parse_args(argv)
     if args.rehearsal:
         parser.set_defaults(**REHEARSAL)
         args = parser.parse_args(argv)
-    out = Path(args.output_dir)
-    config, final = out / "config.json", out / "final"
+    config, final = Path(args.output_dir, "config.json"), Path(args.output_dir, "final")
     trained = args.eval_only and args.model == Settings.model and final.exists() and not args.resume
     if args.resume or trained:
         try:
             saved = json.loads(config.read_text(encoding="utf-8"))["settings"]
-            parser.set_defaults(**{f.name: saved[f.name] for f in fields(Settings)})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError) as error:
             parser.error(f"{config} is not there or not of this script: {error}")
+        parser.set_defaults(**saved)
         args = parser.parse_args([*argv, "--output_dir", args.output_dir])
         args.model = str(final) if trained else args.model
         changed = [name for name in FIXED if args.resume and getattr(args, name) != saved[name]]
         if changed:
             parser.error(f"--resume with another {', '.join(changed)} would mix two runs")
     elif config.exists() and not args.eval_only and RANK == 0:
-        parser.error(f"{out} already holds a run: --resume it, or choose --output-dir")
+        parser.error(f"{config.parent} already holds a run: --resume it, or choose --output-dir")
     return Settings(**vars(args))
 
 
 def load_data(settings):
-    """→ (training problems, evaluation problems); without --eval-file the last training rows"""
+    """→ (training problems, evaluation problems: of training rows if there is no file)"""
     if settings.rehearsal:
         start = Path(settings.output_dir) / "start"
         make_start(start, settings.seed, device=settings.device.replace("auto", "cuda"))
@@ -1413,19 +1406,19 @@ def load_data(settings):
 
 
 def load_model(settings):
-    """→ (model, tokenizer). Raises ValueError for what cannot be loaded or trained here."""
-    device, dtype = torch.device("cpu"), "float32"
-    if settings.device != "cpu":
-        if not torch.cuda.is_available():
-            raise ValueError("torch sees no GPU: use --rehearsal, or --device cpu (small models)")
+    """→ (model, tokenizer); ValueError for what cannot be loaded or trained here"""
+    device, gpu = torch.device("cpu"), settings.device != "cpu"
+    if gpu and not torch.cuda.is_available():
+        raise ValueError("torch sees no GPU: use --rehearsal, or --device cpu (small models)")
+    if gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            dtype = "bfloat16"
-        else:
-            say("this GPU has no bfloat16: it computes in float32")
     # (!8) The checkpoint's own precision is not followed. (Qwen2.5's is bfloat16.)
-    dtype = getattr(torch, dtype if settings.dtype == "auto" else settings.dtype)
+    dtype = settings.dtype
+    if dtype == "auto":
+        capable = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if capable else "float32"
+    dtype = getattr(torch, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
         model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype).to(device).eval()
@@ -1440,37 +1433,30 @@ def load_model(settings):
     return model, tokenizer
 
 
-def run(settings, model, tokenizer, train_problems, eval_problems):
-    """Train and save, or only evaluate. → exit status"""
-    out, notes = Path(settings.output_dir), Path(settings.model) / "grpo.json"
-    decoder = GraphDecoder() if settings.cuda_graph and model.device.type == "cuda" else None
-    if settings.eval_only:
-        step = json.loads(notes.read_text(encoding="utf-8"))["step"] if notes.exists() else 0
-        step = load_checkpoint(out, model) if settings.resume else step
-        evaluate_and_log(model, tokenizer, eval_problems, settings, decoder, step)
-        return 0
-    gpu = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
-    config = {"torch": torch.__version__, "transformers": transformers.__version__, "device": gpu}
-    config |= {"dtype": str(model.dtype), "processes": WORLD_SIZE}
-    config |= {"parameters": model.num_parameters(), "training problems": len(train_problems)}
+def start_run(settings, model):
+    """Say what is about to run, write config.json. FileExistsError if it is there."""
+    out, parameters = Path(settings.output_dir), model.num_parameters()
+    config = {"torch": torch.__version__, "transformers": transformers.__version__}
+    config |= {"dtype": str(model.dtype), "processes": WORLD_SIZE, "parameters": parameters}
     say(", ".join(f"{name} {value}" for name, value in config.items()))
     # float32 weights and AdamW's two moments; the reference in the model's precision
-    size = 12 * config["parameters"] + model.get_memory_footprint() * (settings.beta > 0)
+    size = 12 * parameters + model.get_memory_footprint() * (settings.beta > 0)
     free = shutil.disk_usage(out).free / 1e9
     say(f"checkpoints: {size / 1e9:.2f} GB each, at most 3 at a time; {free:.0f} GB free in {out}")
     if RANK == 0:  # "x" fails if another run has begun here meanwhile
         with open(out / "config.json", "w" if settings.resume else "x", encoding="utf-8") as file:
             json.dump(config | {"settings": asdict(settings)}, file, indent=2)
-    stopped = train_with_grpo(model, tokenizer, train_problems, settings, eval_problems, decoder)
-    if RANK == 0 and not stopped:
-        final, total = out / "final", settings.num_iterations * settings.num_steps
-        model.save_pretrained(final)  # in the precision that was evaluated
-        tokenizer.save_pretrained(final)
-        trained = {"step": total, "system_prompt": SYSTEM_PROMPT, "settings": asdict(settings)}
-        (final / "grpo.json").write_text(json.dumps(trained, indent=2), encoding="utf-8")
-        draw_curves(out, settings.model)
-        say(f"{out} holds final/ (model and tokenizer), metrics, evaluations, samples, curves")
-    return 128 + stopped if stopped else 0
+
+
+def save_final(settings, model, tokenizer):
+    """Model and tokenizer in the precision that was evaluated, and the curves"""
+    out, step = Path(settings.output_dir), settings.num_iterations * settings.num_steps
+    model.save_pretrained(out / "final")
+    tokenizer.save_pretrained(out / "final")
+    trained = {"step": step, "system_prompt": SYSTEM_PROMPT, "settings": asdict(settings)}
+    (out / "final" / "grpo.json").write_text(json.dumps(trained, indent=2), encoding="utf-8")
+    draw_curves(out, settings.model)
+    say(f"{out} holds final/ (model and tokenizer), metrics, evaluations, samples, curves")
 
 
 def main(argv=None):
@@ -1486,33 +1472,42 @@ def main(argv=None):
 
     parser.error = fail
     settings = parse_settings(parser, sys.argv[1:] if argv is None else argv)
+    out, stopped = Path(settings.output_dir), 0
     try:
         try:
             check_settings(settings)
-            Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
-            if WORLD_SIZE > 1:  # gloo for counts and flags: nobody waits for a checkpoint in NCCL
-                dist.init_process_group(
-                    "gloo" if settings.device == "cpu" else "cpu:gloo,cuda:nccl"
-                )
+            out.mkdir(parents=True, exist_ok=True)
+            if WORLD_SIZE > 1:  # gloo for flags: nobody waits for a checkpoint in NCCL
+                backend = "gloo" if settings.device == "cpu" else "cpu:gloo,cuda:nccl"
+                dist.init_process_group(backend)
             if settings.rehearsal:
                 say(f"{EXAMPLE}\n")
             train, test = load_data(settings)
             model, tokenizer = load_model(settings)
+            if not settings.eval_only:
+                start_run(settings, model)
         except (ValueError, OSError) as error:
             fail(error)
-        status = run(settings, model, tokenizer, train, test)
-    except FileExistsError as error:  # config.json: another run has begun meanwhile
-        fail(f"{error.filename}: this folder already holds a run, choose --output-dir")
+        decoder = GraphDecoder() if settings.cuda_graph and model.device.type == "cuda" else None
+        if settings.eval_only:
+            notes = Path(settings.model) / "grpo.json"
+            step = json.loads(notes.read_text(encoding="utf-8"))["step"] if notes.exists() else 0
+            step = load_checkpoint(out, model) if settings.resume else step
+            evaluate_and_log(model, tokenizer, test, settings, decoder, step)
+        else:
+            stopped = train_with_grpo(model, tokenizer, train, settings, test, decoder)
+            if RANK == 0 and not stopped:
+                save_final(settings, model, tokenizer)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         flags = "--micro-batch-size 1, --gradient-checkpointing, --offload-optimizer, --beta 0"
         fail(f"out of memory; these help: {flags}, a smaller --eval-batch-size", status=1)
-    # Only here: after an error the other processes may never arrive, and this would wait for them.
+    # Only here: after an error the others may never arrive, and this would wait for them.
     if dist.is_initialized():
-        time.sleep(0.2)  # until torch's threads are done: before 2.8 it may hang otherwise
+        time.sleep(0.2)  # until torch's threads are done: before 2.8 it may hang
         dist.destroy_process_group()
-    return status
+    return 128 + stopped if stopped else 0
 
 
 if __name__ == "__main__":
