@@ -1223,86 +1223,55 @@ def draw_curves(out, model_name):
 
 
 # 13. The rehearsal ======================================================================
-# The whole job in miniature: word problems of one and two steps in GSM8K's format, and a
-# Qwen2 of half a million random weights. That never answers, so it is shown
-# demonstrations first, with a bad habit: seven in ten stop a two-step problem half way.
-# Greedy, it then always does; sampled, it goes on at times, and GRPO rewards that. Of
-# each template a fifth of the numbers is held out.
-
+# The whole job in miniature: problems of one and two steps, and a Qwen2 of half a million
+# random weights. That never answers, so it is first shown demonstrations with a bad habit:
+# seven in ten stop a two-step problem half way. Greedy, it then always does; sampled, it
+# goes on at times, and GRPO rewards that.
 REHEARSAL = dict(
     output_dir="runs/rehearsal", num_steps=40, batch_size=32, num_generations=8, beta=0.0,
     max_completion_length=48, learning_rate=5e-5, eval_every=10, save_every=20, device="cpu",
 )  # fmt: skip
 TEMPLATES = {  # operations are applied from left to right: "+*" is (a + b) · c
-    "{n} has {a} {t} and gets {b} more. How many {t} does {n} have now?": "+",
-    "{n} has {a} bags with {b} {t} in each. How many {t} does {n} have?": "*",
-    "There were {a} {t} and then {n} took {b} of them. How many {t} are left?": "-",
-    "{n} has {a} {t}, finds {b} and buys {c}. How many {t} does {n} have in all?": "++",
-    "{n} fills {a} boxes with {b} {t} each and has {c} left over. How many {t} is that?": "*+",
-    "{n} has {a} red and {b} blue {t} and gives away {c}. How many {t} does {n} keep?": "+-",
-    "{a} old and {b} new {t} are in each of {c} boxes. How many {t} are there together?": "+*",
+    "Ann has {} apples and gets {} more. How many has she now?": "+",
+    "Ben has {} bags with {} books in each. How many books is that?": "*",
+    "Eva has {} coins, finds {} and earns {}. How many has she now?": "++",
+    "Tom fills {} boxes with {} pens each, and {} are left over. How many has he?": "*+",
+    "{} old and {} new cups are in each of {} boxes. How many cups are there?": "+*",
 }
-NAMES, THINGS = ("Ann", "Ben", "Eva", "Tom"), ("apples", "books", "coins", "pens")
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+CHAT_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m['role'] }}
+{{ m['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"""
 
 
-def solve(numbers, operations):
-    """[3, 4, 2], '+*' → ['3 + 4 = 7', '7 * 2 = 14']"""
-    value, steps = numbers[0], []
-    for operation, number in zip(operations, numbers[1:]):
-        result = {"+": value + number, "-": value - number, "*": value * number}[operation]
-        steps.append(f"{value} {operation} {number} = {result}")
-        value = result
-    return steps
-
-
-def make_problems(seed, num_train=4000):
-    """→ (training problems, three in ten of them drills, as "What is 7 * 2?"; held-out
-    problems)"""
-    rng = random.Random(f"problems {seed}")
-
-    def word_problem(text, numbers, steps):
-        words = {"n": rng.choice(NAMES), "t": rng.choice(THINGS)} | dict(zip("abc", numbers))
-        return {"question": text.format(**words), "answer": answer(steps)}
-
-    def answer(steps):
-        return "\n".join([*steps, f"#### {steps[-1].split()[-1]}"])
-
-    shown, unseen, facts = [], [], set()
-    for text, operations in TEMPLATES.items():
-        every = itertools.product(range(1, 6), repeat=len(operations) + 1)
-        every = [(text, numbers, solve(numbers, operations)) for numbers in every]
-        every = [problem for problem in every if "= -" not in str(problem)]
-        facts |= {fact for *_, steps in every for fact in steps}
-        rng.shuffle(every)
-        cut = round(0.2 * len(every))
-        unseen += every[:cut]
-        shown.append(every[cut:])
-    facts, train = sorted(facts), []
-    for _ in range(num_train):  # every template equally often
-        if rng.random() < 0.3:
-            fact = rng.choice(facts)
-            question = f"What is {fact.partition(' =')[0]}?"
-            train.append({"question": question, "answer": answer([fact])})
-        else:
-            train.append(word_problem(*rng.choice(rng.choice(shown))))
-    return train, [word_problem(*problem) for problem in unseen for _ in range(2)]
+def make_problems(seed):
+    """→ (training problems, with all facts of arithmetic as drills; held-out problems)"""
+    rng, train, test, facts = random.Random(f"problems {seed}"), [], [], set()
+    for question, operations in TEMPLATES.items():
+        rows = []
+        for numbers in itertools.product(range(1, 6), repeat=len(operations) + 1):
+            value, steps = numbers[0], ""
+            for operation, number in zip(operations, numbers[1:]):
+                left = f"{value} {operation} {number}"
+                value = value + number if operation == "+" else value * number
+                facts.add((f"What is {left}?", f"{left} = {value}\n#### {value}"))
+                steps += f"{left} = {value}\n"
+            rows.append((question.format(*numbers), f"{steps}#### {value}"))
+        rng.shuffle(rows)
+        test += rows[: len(rows) // 5]
+        train += rows[len(rows) // 5 :] * (5 if len(operations) == 1 else 1)
+    train += sorted(facts)
+    return [[{"question": q, "answer": a} for q, a in rows] for rows in (train, test)]
 
 
 def demonstrate(problem, keep_steps=None, tags=True):
-    """A problem's worked answer as a completion, with all its steps or the first
-    keep_steps."""
-    lines = "\n".join(problem["answer"].partition("\n####")[0].split("\n")[:keep_steps])
-    reasoning = f"<reasoning>\n{lines}\n</reasoning>\n" if tags else f"{lines}\n"
-    return f"{reasoning}<answer>\n{lines.split()[-1]}\n</answer>"
+    """A problem's worked answer as a completion, with all its steps or the first ones."""
+    lines = "\n".join(problem["answer"].split("\n")[:-1][:keep_steps])
+    reasoning = f"<reasoning>\n{lines}\n</reasoning>" if tags else lines
+    return f"{reasoning}\n<answer>\n{lines.split()[-1]}\n</answer>"
 
 
 def make_tokenizer(problems):
-    """Qwen2's own kind, trained on the problems; tags and system prompt are a token
-    each."""
+    """Qwen2's own kind, trained on the problems; tags and system prompt are one token each"""
     texts = [text for p in problems for text in (p["question"], demonstrate(p))]
     options = dict(new_special_tokens=["<|im_start|>"], show_progress=False)
     tokenizer = transformers.Qwen2Tokenizer(eos_token="<|im_end|>").train_new_from_iterator(
@@ -1313,17 +1282,17 @@ def make_tokenizer(problems):
     return tokenizer
 
 
-def fine_tune(model, tokenizer, problems, num_steps, seed, batch_size=32, learning_rate=2e-3):
-    """Supervised: −mean log π of demonstrations that stop early, or leave out two
-    tags."""
+def fine_tune(model, tokenizer, problems, num_steps, seed, learning_rate=2e-3):
+    """Supervised: −mean log π of demonstrations that stop early, or leave out two tags."""
     rng = random.Random(f"demonstrations {seed}")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     for step in tqdm(range(num_steps), desc="warming up", leave=False):
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / num_steps)
-        batch = rng.choices(problems, k=batch_size)
-        prompts = [build_prompt(problem["question"], tokenizer) for problem in batch]
-        habits = [(1 if rng.random() < 0.7 else None, rng.random() < 0.8) for _ in batch]
-        texts = [demonstrate(p, *habit) + tokenizer.eos_token for p, habit in zip(batch, habits)]
+        prompts, texts = [], []
+        for problem in rng.choices(problems, k=32):
+            habit = 1 if rng.random() < 0.7 else None, rng.random() < 0.8
+            prompts.append(build_prompt(problem["question"], tokenizer))
+            texts.append(demonstrate(problem, *habit) + tokenizer.eos_token)
         prompt_ids, prompt_mask = encode(tokenizer, prompts, "left", model.device)
         ids, mask = encode(tokenizer, texts, "right", model.device)  # each [row pos]
         whole, whole_mask = torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1)
