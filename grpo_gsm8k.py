@@ -668,10 +668,11 @@ def check_settings(settings, num_problems=math.inf):
     """Raise ValueError for what would fail late, or silently train on the wrong thing."""
     least = dict(num_generations=2, eval_every=0, seed=0, eval_examples=int(settings.eval_only))
     for name, value in asdict(settings).items():
-        bound, positive = least.get(name, 1), type(value) is not float or 0 < value < math.inf
-        if type(value) is int and value < bound or not (positive or name == "beta" and value == 0):
-            bound = f"at least {bound}" if type(value) is int else "a finite number above 0"
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be {bound}")
+        flag, bound = f"--{name.replace('_', '-')}", least.get(name, 1)
+        if type(value) is int and value < bound:
+            raise ValueError(f"{flag} {value} must be at least {bound}")
+        if type(value) is float and not (0 < value < math.inf or name == "beta" and value == 0):
+            raise ValueError(f"{flag} {value} must be a finite number above 0")
     if settings.reward == "format" and settings.supervision == "process":
         raise ValueError("--supervision process rewards steps: --reward format has no meaning")
     if not WORLD_SIZE <= settings.batch_size <= num_problems:
@@ -884,7 +885,9 @@ def train_with_grpo(model, tokenizer, train_problems, settings, eval_problems=()
     reference = copy.deepcopy(model).requires_grad_(False) if settings.beta else None
     start = load_checkpoint(out, model, optimizer, reference) if settings.resume else 0
     optimizer.param_groups[0]["lr"] = settings.learning_rate  # may be another than before
-    evaluated, caught, recent = start_logs(out, start, settings), note_signals(), []
+    evaluated, caught, recent = start_logs(out, start, settings), [], []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, partial(note_signal, caught))
 
     def evaluate_if_due(step):
         due = step in (0, total) or step % (settings.eval_every or total) == 0
@@ -1116,18 +1119,11 @@ def switch_on_checkpointing(model):
             vars(layer).update({k: 0.0 for k, x in vars(layer).items() if "drop" in k and x})  # OPT
 
 
-def note_signals():
-    """SIGINT and SIGTERM are put into the list returned; a second SIGINT ends at once."""
-    caught = []
-
-    def note(number, frame):
-        caught.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        say("stopping after this step, with a checkpoint; Ctrl-C ends at once, without")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return caught
+def note_signal(caught, number, frame):
+    """Add the signal to a list; a second SIGINT ends the process at once."""
+    caught.append(number)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    say("stopping after this step, with a checkpoint; Ctrl-C ends at once, without")
 
 
 def replace_file(path, write):
@@ -1184,12 +1180,12 @@ def load_checkpoint(out, model, optimizer=None, reference=None):
     if not paths:
         return 0
     state = torch.load(paths[-1], map_location="cpu", weights_only=True)
-    targets = [*model.parameters()]
+    for weight, master in zip(model.parameters(), state["masters"]):
+        weight.data.copy_(master)
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
-        targets += optimizer.param_groups[0]["params"]
-    for weight, saved in zip(targets, state["masters"] * 2):
-        weight.data.copy_(saved)
+        for weight, master in zip(optimizer.param_groups[0]["params"], state["masters"]):
+            weight.data.copy_(master)
     if reference is not None and state["reference"] is not None:
         reference.load_state_dict(state["reference"])
     return state["step"]
@@ -1338,10 +1334,9 @@ def parse_settings(parser, argv):
     config, final = Path(args.output_dir, "config.json"), Path(args.output_dir, "final")
     trained = args.eval_only and args.model == Settings.model and final.exists() and not args.resume
     if args.resume or trained:
-        try:
-            saved = json.loads(config.read_text(encoding="utf-8"))["settings"]
-        except (OSError, ValueError, KeyError) as error:
-            parser.error(f"{config} is not there or not of this script: {error}")
+        if not config.exists():
+            parser.error(f"{config} is not there: no run to go on with")
+        saved = json.loads(config.read_text(encoding="utf-8"))["settings"]
         parser.set_defaults(**saved)
         args = parser.parse_args([*argv, "--output_dir", args.output_dir])
         args.model = str(final) if trained else args.model
