@@ -2,7 +2,7 @@
 """GRPO fine-tuning of Qwen2.5-1.5B-Instruct on GSM8K, whole and in one file.
 
 The model answers a math word problem several times. Each answer, a completion, gets a
-reward: 2 for the right number, a few tenths for the format. Completions that beat the
+reward: up to 2 for the right answer, a few tenths for the format. Completions that beat the
 average of their group become more likely, the others less. Nothing else is taught.
 
     python grpo_gsm8k.py --rehearsal     in miniature: a CPU, minutes, no download
@@ -16,7 +16,7 @@ average of their group become more likely, the others less. Nothing else is taug
 
 grpo_sort.py explains the same algorithm on a small task: read it first if this is new.
 
-    policy π        the model in training; π_old: the one that sampled; π_ref: a frozen copy
+    policy π        the model in training; π_old: as it was when it sampled; π_ref: a frozen copy
     group           the G completions of one prompt
     advantage Â     how much better a completion is than its group
     [row pos]       shapes: a row is one completion, pos counts its tokens
@@ -55,6 +55,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+# torchrun starts several processes and sets these (section 12).
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 # 1. Data and prompts ====================================================================
 # GSM8K (arXiv 2110.14168) has 7,473 word problems to train on and 1,319 to test. A worked
@@ -151,12 +154,11 @@ def parse_number(text):
     while len(text) <= 80 and (wrapped := WRAPPED.fullmatch(text)):
         text = "".join(x or "" for x in wrapped.groups()).strip()
     match = ANSWER.fullmatch(text) if len(text) <= 80 else None
-    signs = len(re.findall("[-−]", match[1])) if match else 2
-    if signs > 1:
+    if not match or len(signs := re.findall("[-−]", match[1])) > 1:
         return None
     number = Fraction((match[2] or match[4]).replace(",", ""))
     divisor = Fraction((match[3] or match[5] or "1").replace(",", ""))
-    return (-1) ** signs * number / divisor if divisor else None
+    return (-1) ** len(signs) * number / divisor if divisor else None
 
 
 def last_number(text):
@@ -278,7 +280,8 @@ CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"
 class GraphDecoder(DynamicCache):
     """Decoding in fixed shapes, on a GPU as a CUDA graph. A token of Qwen2.5-1.5B is a
     thousand small kernels: 85 ms on an H100 if Python launches them, 7 as a graph. Its
-    memory never moves: there is room for all tokens, and weights change in place."""
+    memory never moves: there is room for all tokens, and weights change in place. It is
+    given to the model as its cache, so that every attention layer calls update()."""
 
     model, rows, capacity, forward = None, 0, 0, None
 
@@ -387,7 +390,8 @@ def generate_completions(
 
 # 4. Advantages ==========================================================================
 # How much better was a completion than the others of its group? If all rewards of a group
-# are equal its advantages are 0 and it teaches nothing: a silent group. 1e-4 is TRL's.
+# are equal its advantages are 0 and it teaches nothing: a silent group. To the standard
+# deviation 1e-4 is added, as in the TRL library.
 
 ADVANTAGES = Literal[
     "normalized", "centered", "leave_one_out", "batch_normalized", "max_likelihood"
@@ -401,7 +405,8 @@ def compute_advantages(rewards, mode="normalized"):
         raise ValueError(f"rewards must be [batch trial ≥ 2] and finite, not {rewards}")
     rewards = rewards.float()
     mean = rewards.mean(dim=-1, keepdim=True)  # [batch 1]
-    # (!3) The mean of equal rewards may be off by rounding: / 1e-4 that is an advantage.
+    # (!3) The mean of equal rewards may be off by rounding, and error / (0 + 1e-4) would be
+    # an advantage.
     equal = rewards.amax(dim=-1, keepdim=True) == rewards.amin(dim=-1, keepdim=True)
     centered = (rewards - mean).masked_fill(equal, 0.0)  # [batch trial]
     if mode == "normalized":  # GRPO, arXiv 2402.03300, section 4.1.2
@@ -420,7 +425,7 @@ def compute_advantages(rewards, mode="normalized"):
 def compute_process_advantages(step_rewards, completion_mask, num_generations=None):
     """Advantages of tokens from rewards of steps, a list of (end token index, reward) for
     each row: GRPO, arXiv 2402.03300, 4.1.3. Normalised over all steps of a group; a token
-    gets the sum of its own and all later steps (so that padding the reasoning pays, too).
+    gets the sum of its own and all later steps. (A flaw: more right steps pay, needed or not.)
     mask int[row pos]; num_generations: rows of a group, None: all → float32[row pos]"""
     (rows, width), size = completion_mask.shape, num_generations or len(completion_mask)
     steps = [(row, *step) for row, found in enumerate(step_rewards) for step in found]
@@ -645,7 +650,7 @@ class Settings:
     beta: float = setting(0.04, "β: weight of the KL penalty; 0 holds no reference model")
     kl_estimator: KL_ESTIMATORS = setting("k3", "of the KL penalty")
     mu: int = setting(1, "µ: updates on the same samples (TRL calls it num_iterations)")
-    sampler_cap: float | None = setting(None, "weigh tokens by min(π_old / π_sampled, cap)")
+    sampler_cap: float | None = setting(None, "weigh tokens by min(π scored / sampled, cap)")
     learning_rate: float = setting(2e-6, "of AdamW, constant")
     max_grad_norm: float = setting(1.0, "longer gradients are scaled down to it")
     dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "bfloat16 if a GPU can")
@@ -833,7 +838,7 @@ def update_policy(model, reference, optimizer, batches, settings, num_rows, num_
                     with torch.no_grad():
                         batch["ref"] = compute_group_log_probs(reference, **inputs)  # [row pos]
             gap = batch["old"] - batch["sampled"]  # [row pos]
-            if settings.sampler_cap:  # truncated importance sampling
+            if settings.sampler_cap:  # truncated importance sampling: both are π_old
                 advantages = advantages * gap.exp().clamp(max=settings.sampler_cap)
             loss, metrics = grpo_loss(
                 log_probs, batch["old"], batch["ref"], advantages, mask,
@@ -1060,7 +1065,6 @@ def locate_steps(steps, tokens, tokenizer, eos_token_ids):
 # 12. Around the loop: processes, precision, logs, checkpoints, signals ==================
 # torchrun starts a process for each GPU. Each samples and learns from its share of the
 # prompts. Gradients are summed by hand: numbers of micro-batches may differ.
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def my_share(items):
@@ -1112,11 +1116,12 @@ def make_optimizer(model, learning_rate, offload=False):
 
 def switch_on_checkpointing(model):
     """transformers checkpoints layers in train mode only, which brings dropout and other
-    noise. So just the layers are set to it, not what is in them, until model.eval()."""
+    noise. So just the layers are set to it, not what is in them, until model.eval(). (OPT's
+    layers hold dropout as a number.)"""
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.training = True
-            vars(layer).update({k: 0.0 for k, x in vars(layer).items() if "drop" in k and x})  # OPT
+            vars(layer).update({k: 0.0 for k, x in vars(layer).items() if "drop" in k and x})
 
 
 def note_signal(caught, number, frame):
@@ -1254,7 +1259,7 @@ def make_problems(seed):
             rows.append((question.format(*numbers), f"{steps}#### {value}"))
         rng.shuffle(rows)
         test += rows[: len(rows) // 5]
-        train += rows[len(rows) // 5 :] * (5 if len(operations) == 1 else 1)
+        train += rows[len(rows) // 5 :] * (5 if len(operations) == 1 else 1)  # alike often
     train += sorted(facts)
     return [[{"question": q, "answer": a} for q, a in rows] for rows in (train, test)]
 
@@ -1332,12 +1337,13 @@ def parse_settings(parser, argv):
         parser.set_defaults(**REHEARSAL)
         args = parser.parse_args(argv)
     config, final = Path(args.output_dir, "config.json"), Path(args.output_dir, "final")
-    trained = args.eval_only and args.model == Settings.model and final.exists() and not args.resume
+    named = args.resume or any(x.startswith("--model") for x in argv)
+    trained = args.eval_only and final.exists() and not named
     if args.resume or trained:
         if not config.exists():
             parser.error(f"{config} is not there: no run to go on with")
         saved = json.loads(config.read_text(encoding="utf-8"))["settings"]
-        parser.set_defaults(**saved)
+        parser.set_defaults(**saved | {"resume": False, "eval_only": False})
         args = parser.parse_args([*argv, "--output_dir", args.output_dir])
         args.model = str(final) if trained else args.model
         changed = [name for name in FIXED if args.resume and getattr(args, name) != saved[name]]
@@ -1372,8 +1378,6 @@ def load_data(settings):
 def load_model(settings):
     """→ (model, tokenizer); ValueError for what cannot be loaded or trained here"""
     device, gpu = torch.device("cpu"), settings.device != "cpu"
-    if gpu and not torch.cuda.is_available():
-        raise ValueError("torch sees no GPU: use --rehearsal, or --device cpu (small models)")
     if gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -1441,9 +1445,12 @@ def main(argv=None):
         try:
             check_settings(settings)
             out.mkdir(parents=True, exist_ok=True)
-            if WORLD_SIZE > 1:  # gloo for flags: nobody waits for a checkpoint in NCCL
+            if WORLD_SIZE > 1:  # gloo for flags: a slow save must not be an NCCL timeout
                 backend = "gloo" if settings.device == "cpu" else "cpu:gloo,cuda:nccl"
                 dist.init_process_group(backend)
+            if settings.device != "cpu" and not torch.cuda.is_available():
+                text = "torch sees no GPU: use --rehearsal, or --device cpu (small models)"
+                raise ValueError(text)
             if settings.rehearsal:
                 say(f"{EXAMPLE}\n")
             train, test = load_data(settings)
@@ -1463,7 +1470,8 @@ def main(argv=None):
             if RANK == 0 and not stopped:
                 save_final(settings, model, tokenizer)
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        known = re.search("out of|allocate|enough", str(error)) and "memory" in str(error)
+        if not known and not isinstance(error, MemoryError):
             raise
         flags = "--micro-batch-size 1, --gradient-checkpointing, --offload-optimizer, --beta 0"
         fail(f"out of memory; these help: {flags}, a smaller --eval-batch-size", status=1)

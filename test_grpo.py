@@ -213,7 +213,7 @@ def test_the_critic_does_not_see_the_token_that_it_judges():
     assert change[0] == change[1] == 0 and change[2] > 1e-3
 
 
-def test_erratum_7_the_critic_learns_the_mean_reward(monkeypatch):
+def test_the_critic_learns_the_mean_reward(monkeypatch):
     # With the value loss on the wrong side of the objective, V runs away from the rewards.
     critics, make = [], gs.Critic
     monkeypatch.setattr(gs, "Critic", lambda *a, **k: critics.append(make(*a, **k)) or critics[0])
@@ -244,7 +244,7 @@ def test_erratum_11_with_the_ratio_upside_down_k3_is_another_divergence(gradient
     ("6e", "E[(∇log π)² R] / E[(∇log π)²]", "baseline", 9.4),
     ("6e", "E[(∇log π)² R] / E[(∇log π)²]", "variance", 0),
 ])  # fmt: skip
-def test_erratum_10_and_what_else_theory_says_of_the_study(table, row, metric, wanted, gradients):
+def test_what_theory_says_of_the_study(table, row, metric, wanted, gradients):
     values = gradients[table, row][metric].tolist()
     assert values == pytest.approx([wanted] * len(values), abs=2e-3)
 
@@ -1124,7 +1124,7 @@ def test_what_does_not_fit_is_refused(function, change):
 @pytest.mark.parametrize("kind", (*LOSS_TYPES, "bnpo"))
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("beta, estimator", [(0.0, "k3"), (0.3, "k3"), (0.3, "k3_weighted")])
-def test_erratum_13_the_loss_is_that_of_trl(kind, level, beta, estimator):
+def test_erratum_7_the_loss_is_that_of_trl(kind, level, beta, estimator):
     """TRL's own _compute_loss (1.16), with a stub for a trainer. bnpo is dapo without num_items."""
     trl, mock = pytest.importorskip("trl"), pytest.importorskip("unittest.mock")
     log_probs, old, reference, advantages, mask = random_step()
@@ -1160,7 +1160,7 @@ def test_erratum_13_the_loss_is_that_of_trl(kind, level, beta, estimator):
     assert torch.allclose(log_probs.grad, theirs_in.grad, rtol=1e-9, atol=1e-12)
 
 
-def test_erratum_14_k3_is_weighted_by_the_ratio_of_its_own_token():
+def test_erratum_10_k3_is_weighted_by_the_ratio_of_its_own_token():
     """By enumeration of two tokens, samples from π_old: the gradient is that of KL(π ‖ π_ref)."""
     logits, old, ref = torch.randn(3, 2, 3, generator=seeded(), dtype=torch.float64)
     tables = [x.log_softmax(-1) for x in (logits.requires_grad_(), old, ref)]
@@ -1713,6 +1713,7 @@ def test_resume_takes_other_settings(finished_run, start_folder, tmp_path, capsy
     for change in ("--batch-size", "4"), ("--seed", "1"), ("--train-file", str(data)):
         status, line = refused(resume(out, *change), capsys)  # the steps' problems would change
         assert status == 2 and change[0].replace("-", "_")[2:] in line
+    assert gsm.main(["--eval-only", "--output-dir", str(out)]) == 0  # not the saved --resume
 
 
 def test_the_loop_runs_from_python_too(start_folder, tmp_path):
@@ -1724,7 +1725,7 @@ def test_the_loop_runs_from_python_too(start_folder, tmp_path):
     assert read(Path(out) / "metrics.jsonl", "step") == [1]
 
 
-def test_erratum_12_a_penalty_needs_a_second_model(start_folder, tmp_path, monkeypatch):
+def test_a_penalty_needs_a_second_model(start_folder, tmp_path, monkeypatch):
     seen, learn = [], gsm.update_policy
 
     def look(*inputs, **sizes):
@@ -1790,6 +1791,9 @@ def test_out_of_memory_names_what_helps(where, start_folder, tmp_path, monkeypat
         assert status == 1 and {"--micro-batch-size", "--gradient-checkpointing"} < {
             *line.replace(",", "").split()
         }
+    monkeypatch.setattr(owner, where, mock.Mock(side_effect=RuntimeError("illegal memory access")))
+    with pytest.raises(RuntimeError, match="illegal"):
+        gsm.main(flags(start_folder, tmp_path / "other"))
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE.parents[1] / "grpo_gsm8k.py"
 COMMON = "--device cpu --dtype bfloat16 --eval_examples 200 --max_completion_length 256".split()
@@ -25,7 +27,9 @@ RUNS = {
     "c": ("example turn, normalized, grpo", "--num_steps 40 --example_turn"),
     "d": ("example turn, centered, dapo, 1e-5", f"{DAPO} --num_steps 20 --learning_rate 1e-5"),
 }
-UNTRAINED = {"1.5B-asked": "1.5B", "1.5B-example": "1.5B, example turn"}
+# Only evaluated; base-all and b-all: before and after b, on the whole test split
+EVALUATED = {"base-all": RUNS["b"][0], "b-all": RUNS["b"][0]}
+EVALUATED |= {"1.5B-asked": "1.5B", "1.5B-example": "1.5B, example turn"}
 
 
 def run_all(model, bigger, folder, data=()):
@@ -36,9 +40,11 @@ def run_all(model, bigger, folder, data=()):
             resume = ["--resume"] if (out / "config.json").exists() else []
             job = ["--model", model, "--output_dir", out, *TRAIN, *flags.split(), *resume]
             subprocess.run([sys.executable, SCRIPT, *COMMON, *data, *job], check=True)
-    for name in UNTRAINED:
-        turn = ["--example_turn"] if name.endswith("example") else []
-        job = ["--eval_only", "--model", bigger, "--output_dir", folder / name, *turn]
+    for name in EVALUATED:
+        which = {"base-all": model, "b-all": folder / "b" / "final"}.get(name, bigger)
+        job = ["--eval_only", "--model", which, "--output_dir", folder / name]
+        job += ["--example_turn"] * (name != "1.5B-asked")
+        job += ["--eval_examples=1319"] * name.endswith("all")
         if not (folder / name / "eval.jsonl").exists():
             subprocess.run([sys.executable, SCRIPT, *COMMON, *data, *job], check=True)
 
@@ -49,37 +55,40 @@ def read_lines(path):
 
 
 def collect(folder):
-    """What is finished in the folder of the runs → {name: label, evaluations, steps}"""
+    """From the folder of the runs → {name: label, evaluations, steps}"""
     found = {}
-    for name, label in ({k: x[0] for k, x in RUNS.items()} | UNTRAINED).items():
-        out = folder / name
-        if (out / "final").exists() or name in UNTRAINED and (out / "eval.jsonl").exists():
-            steps = read_lines(out / "metrics.jsonl") if name in RUNS else []
-            found[name] = dict(label=label, steps=steps, evaluations=read_lines(out / "eval.jsonl"))
+    for name, label in ({k: x[0] for k, x in RUNS.items()} | EVALUATED).items():
+        steps = read_lines(folder / name / "metrics.jsonl") if name in RUNS else []
+        evaluations = read_lines(folder / name / "eval.jsonl")
+        found[name] = dict(label=label, steps=steps, evaluations=evaluations)
+    paths = (next((folder / name).glob("completions-*")) for name in ("base-all", "b-all"))
+    before, after = ({x["question"]: x for x in read_lines(path)} for path in paths)
+    for kind in ("strict", "lenient"):
+        changed = [after[question][kind] - before[question][kind] for question in before]
+        found["b-all"][kind] = [changed.count(1), changed.count(-1)]  # gained, lost
     return found
 
 
 def format_table(found):
     """The evaluations as Markdown"""
-    lines = ["| model | steps | strict, % | lenient, % | all tags, % | tokens |", "|---" * 6 + "|"]
+    lines = ["| model | steps | questions | strict, % | lenient, % | all tags, % | tokens |"]
+    lines += ["|---" * 7 + "|"]
     for name, row in found.items():
-        model = row["label"] if name in UNTRAINED else f"0.5B, {row['label']}"
+        model = row["label"] if "1.5B" in name else f"0.5B, {row['label']}"
         for x in row["evaluations"]:
             low, high = 100 * x["strict_low"], 100 * x["strict_high"]
             cells = f"{100 * x['strict']:.1f} ({low:.1f} to {high:.1f}) | {100 * x['lenient']:.1f}"
             tail = f"{100 * x['format']:.1f} | {x['mean_length']:.0f}"
-            lines.append(f"| {model} | {x['step']} | {cells} | {tail} |")
-    return "\n".join(lines) + "\n\nGreedy, 200 questions of the test split, 95 % intervals.\n"
+            lines.append(f"| {model} | {x['step']} | {x['examples']:,} | {cells} | {tail} |")
+    text = "\n\nOf the 1,319 questions, strict {} gained, {} lost; lenient {} gained, {} lost.\n"
+    return "\n".join(lines) + text.format(*found["b-all"]["strict"], *found["b-all"]["lenient"])
 
 
 def draw(found, path):
     """Means over five steps of what the samples got, a colour for each run"""
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    panels = {"correctness": "reward for the answer, 0 to 2", "format": "reward for the tags"}
-    panels["completion_length"] = "length of the samples, tokens"
-    for axis, (key, title) in zip(axes, panels.items()):
+    titles = "reward for the answer, 0 to 2", "reward for the tags", "length of the samples, tokens"
+    for axis, key, title in zip(axes, ("correctness", "format", "completion_length"), titles):
         for row in (row for row in found.values() if row["steps"]):
             y = [step[key] for step in row["steps"]]
             mean = [statistics.fmean(y[max(i - 4, 0) : i + 1]) for i in range(len(y))]

@@ -3,8 +3,7 @@
 
     python results/gsm8k/study.py [DIR]      two processes, 40 minutes on two busy cores
 
-results.json has the evaluations and settings of each run, tables.md their means, study.png four
-variants by step. Each run is a process of its own with one thread; nothing else sets its numbers.
+results.json has the evaluations and settings of each run, tables.md means, study.png four variants.
 """
 
 import itertools
