@@ -1139,6 +1139,7 @@ def replace_file(path, write):
 
 
 def write_lines(path, rows):
+    """Rows as JSON lines"""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -1150,6 +1151,7 @@ def read_lines(path):
 
 
 def append_line(path, record):
+    """One line of JSON, by rank 0 only"""
     if RANK == 0:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
