@@ -699,7 +699,7 @@ def checkpoint(policy):
 
 
 class Words:
-    """A tokenizer of single characters: enough of one for the sampling tests."""
+    """A tokenizer of single characters."""
 
     pad_token_id, eos_token_id, chat_template = 0, 1, None
 
@@ -1604,8 +1604,7 @@ def read(path, name=None):
 METRICS = (
     "loss reward_mean reward_std correctness format accuracy kl entropy logprob_gap clip_fraction "
     "grad_norm completion_length finished_fraction zero_std_groups skipped_updates learning_rate "
-    "num_rows num_items "
-    "tokens_per_second step_seconds peak_memory_bytes"
+    "num_rows num_items tokens_per_second step_seconds peak_memory_bytes"
 ).split()
 
 
@@ -1629,7 +1628,7 @@ def finished_run(request, start_folder, tmp_path_factory):
 
 
 def test_a_run_leaves_everything_behind(finished_run):
-    """Also: float32 masters, but a final model in the precision that was trained and evaluated."""
+    """Also: float32 masters, but a final model in the precision that was evaluated."""
     out, _, dtype = finished_run
     loop = GSM_SOURCE.partition("# 10. The training loop")[2].partition("# 11. ")[0]
     assert all(f'"{name}"' in loop for name in METRICS)
@@ -1713,7 +1712,9 @@ def test_resume_takes_other_settings(finished_run, start_folder, tmp_path, capsy
     for change in ("--batch-size", "4"), ("--seed", "1"), ("--train-file", str(data)):
         status, line = refused(resume(out, *change), capsys)  # the steps' problems would change
         assert status == 2 and change[0].replace("-", "_")[2:] in line
-    assert gsm.main(["--eval-only", "--output-dir", str(out)]) == 0  # not the saved --resume
+    assert gsm.main(["--eval-only", "--output-dir", str(out)]) == 0
+    with pytest.raises(SystemExit):
+        gsm.main(["--eval-only", "--model", "x", "--output-dir", str(out)])
 
 
 def test_the_loop_runs_from_python_too(start_folder, tmp_path):
@@ -1868,6 +1869,7 @@ def test_the_rehearsals_rows_are_right_and_new(start_folder):
     train, unseen = gsm.make_problems(seed=3)
     shown, kept = ({row["question"] for row in rows} for rows in (train, unseen))
     assert not shown & kept and len({re.sub(r"\d", "", x) for x in kept}) == len(gsm.TEMPLATES)
+    assert "What is 25 + 5?" in shown
     for row in unseen + train[:200]:
         answer, text = gsm.extract_answer_from_dataset(row["answer"]), gsm.demonstrate(row)
         assert {reward for _, reward in gsm.step_rewards(text, answer)} == {1.0}
